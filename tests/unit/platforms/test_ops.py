@@ -1,0 +1,194 @@
+"""The reference operations against independent formulas, their gradients, and how kernels are chosen."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.platforms import attention as kernels
+from mindspeed_wan.platforms import ops
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def softmax_attention(q, k, v, scale=None):
+    """Sequence-first attention written out, in fp64."""
+    q, k, v = (x.double().permute(1, 2, 0, 3) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_and_its_gradients(batch, scale):
+    q, k, v = random(7, batch, 3, 8), random(11, batch, 3, 8, seed=1), random(11, batch, 3, 8, seed=2)
+    out = ops.attention(q, k, v, scale=scale)
+    expected = softmax_attention(q, k, v, scale)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-6)
+    cotangent = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), cotangent)
+    for grad, want in zip(grads, torch.autograd.grad(expected, (q, k, v), cotangent.double()), strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-6)
+
+
+def test_padded_keys_are_not_attended_to():
+    q, k, v = random(4, 1, 2, 8), random(9, 1, 2, 8, seed=1), random(9, 1, 2, 8, seed=2)
+    poisoned_k, poisoned_v = k.detach().clone(), v.detach().clone()
+    poisoned_k[6:], poisoned_v[6:] = 1e4, math.nan
+    out = ops.attention(q, poisoned_k, poisoned_v, kv_length=6)
+    torch.testing.assert_close(out, ops.attention(q, k[:6], v[:6]))
+    assert not torch.allclose(out, ops.attention(q, k, v))
+
+
+def test_attention_result_of_one_clip_is_contiguous_sequence_first():
+    q = random(16, 1, 2, 8)
+    assert ops.attention(q, q, q).is_contiguous()
+
+
+def test_ring_pieces_merge_to_full_attention_and_its_gradients():
+    q, k, v = random(6, 2, 2, 8), random(10, 2, 2, 8, seed=1), random(10, 2, 2, 8, seed=2)
+    pieces = [ops.attention_with_lse(q, k[a:b], v[a:b]) for a, b in ((0, 4), (4, 10))]
+    pieces.append(ops.attention_with_lse(q, k, v, kv_length=0))
+    lse = torch.stack([piece[1] for piece in pieces]).logsumexp(0)
+    weight = lambda piece: (piece[1] - lse).exp().permute(2, 0, 1)[..., None]  # noqa: E731
+    out = sum(piece[0] * weight(piece) for piece in pieces)
+    reference = softmax_attention(q, k, v)
+    torch.testing.assert_close(out, reference.float(), rtol=1e-5, atol=1e-6)
+
+    cotangent = torch.randn_like(out)
+    want = torch.autograd.grad(reference, (q, k, v), cotangent.double())
+    parts = [ops.attention_backward(cotangent, q, k[a:b], v[a:b], out=out, lse=lse) for a, b in ((0, 4), (4, 10))]
+    got = (parts[0][0] + parts[1][0], *(torch.cat([part[i] for part in parts]) for i in (1, 2)))
+    for grad, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ring_backward_gives_padded_keys_a_zero_gradient():
+    q, k, v = (random(6, 1, 2, 8, seed=seed).detach() for seed in range(3))
+    out, lse = ops.attention_with_lse(q, k, v, kv_length=4)
+    cotangent = torch.randn_like(out)
+    dq, dk, dv = ops.attention_backward(cotangent, q, k, v, out=out, lse=lse, kv_length=4)
+    assert dk.shape == k.shape and dv.shape == v.shape
+    assert dk[4:].abs().sum() == 0 and dv[4:].abs().sum() == 0
+    short = ops.attention_backward(cotangent, q, k[:4], v[:4], out=out, lse=lse)
+    torch.testing.assert_close(dq, short[0])
+    torch.testing.assert_close(dk[:4], short[1])
+
+
+def test_plain_maths_fallback_equals_the_fused_kernel(monkeypatch):
+    monkeypatch.setattr(kernels, "QUERY_CHUNK", 4)
+    q, k, v = (random(10, 2, 3, 8, seed=seed).detach() for seed in range(3))
+    heads = [kernels.heads_first(x) for x in (q, k, v)]
+    out, lse = kernels._maths_with_lse(*heads, 0.4)
+    fused_out, fused_lse = ops.attention_with_lse(q, k, v, scale=0.4)
+    torch.testing.assert_close(kernels.sequence_first(out), fused_out)
+    torch.testing.assert_close(lse, fused_lse)
+    cotangent = torch.randn_like(out)
+    grads = kernels._maths_backward(cotangent, *heads, out=out, lse=lse, scale=0.4)
+    fused = ops.attention_backward(kernels.sequence_first(cotangent), q, k, v, out=fused_out, lse=fused_lse, scale=0.4)
+    for grad, want in zip(grads, fused, strict=True):
+        torch.testing.assert_close(kernels.sequence_first(grad), want, rtol=1e-5, atol=1e-6)
+
+
+def rotary_tables(length, dim):
+    angles = torch.outer(torch.arange(length).double(), 100.0 ** -torch.linspace(0, 1, dim // 2).double())
+    doubled = angles.repeat_interleave(2, dim=-1)[:, None, None]
+    return doubled.cos().float(), doubled.sin().float()
+
+
+def test_rotary_is_a_complex_rotation_of_neighbouring_pairs():
+    x = random(9, 2, 3, 8)
+    cos, sin = rotary_tables(9, 8)
+    turn = torch.complex(cos[..., ::2].double(), sin[..., ::2].double())
+    expected = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    out = ops.rotary(x, cos, sin)
+    torch.testing.assert_close(out, expected.float())
+    (grad,) = torch.autograd.grad(out, x, out)  # a rotation's transpose undoes it
+    torch.testing.assert_close(grad, x.detach())
+    assert ops.rotary(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype, weight_dtype):
+    x, weight = random(5, 2, 16, dtype=dtype), random(16, dtype=weight_dtype, seed=1)
+    expected = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
+    out = ops.rms_norm(x, weight, 1e-6)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected.to(dtype), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16])
+def test_layer_norm(dtype, affine, out_dtype):
+    x = random(5, 2, 16, dtype=dtype)
+    weight, bias = (None, None) if affine is None else (random(16, dtype=affine), random(16, dtype=affine, seed=3))
+    expected = F.layer_norm(x.double(), (16,), *(None if w is None else w.double() for w in (weight, bias)), eps=1e-6)
+    out = ops.layer_norm(x, weight, bias, 1e-6, out_dtype=out_dtype)
+    assert out.dtype == (out_dtype or dtype)
+    tolerance = 2e-2 if torch.bfloat16 in (dtype, out_dtype, affine) else 1e-5
+    torch.testing.assert_close(out, expected.to(out.dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 16), (2, 16), (5, 2, 16)])
+def test_modulated_layer_norm(shape):
+    x, scale, shift = random(5, 2, 16), random(*shape, seed=1), random(*shape, seed=2)
+    expected = F.layer_norm(x.double(), (16,), eps=1e-6) * (1 + scale.double()) + shift.double()
+    out = ops.modulated_layer_norm(x, scale, shift, 1e-6)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn_like(out)
+    want = torch.autograd.grad(expected, (x, scale, shift), cotangent.double())
+    for grad, expected_grad in zip(torch.autograd.grad(out, (x, scale, shift), cotangent), want, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+    narrow = ops.modulated_layer_norm(x, scale, shift, 1e-6, out_dtype=torch.bfloat16)
+    torch.testing.assert_close(narrow, out.bfloat16())
+
+
+def test_modulation_in_bf16_is_computed_in_fp32():
+    x, scale, shift = (random(64, 1, 32, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    exact = F.layer_norm(x.double(), (32,), eps=1e-6) * (1 + scale.double()) + shift.double()
+    out = ops.modulated_layer_norm(x, scale, shift, 1e-6)
+    assert torch.equal(out, exact.float().bfloat16()) or (out - exact).abs().max() <= 2**-7 * exact.abs().max()
+    naive = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift
+    assert (out - exact).abs().mean() < (naive - exact).abs().mean()
+
+
+def test_all_operations_compile_without_a_graph_break():
+    cos, sin = rotary_tables(8, 8)
+
+    def block(x, weight, scale, shift):
+        h = ops.modulated_layer_norm(x, scale, shift, 1e-6)
+        h = ops.layer_norm(ops.rms_norm(h, weight, 1e-6), None, None, 1e-6)
+        q = ops.rotary(h.unflatten(-1, (2, 8)), cos, sin)
+        return ops.attention(q, q, q, kv_length=6).flatten(2)
+
+    x, weight, scale, shift = random(8, 1, 16), random(16), random(1, 1, 16), random(1, 1, 16)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, scale, shift), block(x, weight, scale, shift))
+
+
+def test_choice_of_backends():
+    assert ops.kernels_in_use() == "torch" and ops.attention_in_use() == "sdpa"
+    with pytest.raises(ConfigError, match="did you mean 'sdpa'"):
+        ops.use_attention("sdpaa")
+    with pytest.raises(ConfigError, match="sageattention"):
+        ops.use_attention("sage")
+    with pytest.raises(ConfigError, match="no backward"):
+        ops.use_attention("sage", needs_grad=True)
+    with pytest.raises(ConfigError, match="does not exist"):
+        ops.use("tpu")
+    with ops.use_attention("cudnn"):
+        assert ops.attention_in_use() == "cudnn"
+    assert ops.attention_in_use() == "sdpa"
+
+
+def test_sage_refuses_a_call_that_needs_gradients():
+    q = random(4, 1, 2, 8)
+    with pytest.raises(ConfigError, match="no backward"):
+        ops.attention(q, q, q, backend="sage")
