@@ -1,0 +1,276 @@
+"""The walk through every stage, on a tiny but complete Wan2.2 T2V A14B: what `mindspeed-wan demo` runs.
+
+Every stage is the command a user types (`mm-convert`, the launchers under examples/, `inference.sh`), run as a
+child process with its output shown and kept in ``logs/``. A stage that fails, or whose result is not there, ends the
+walk with its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mindspeed_wan.errors import ConfigError, ResourceError, WanError
+
+EXPERTS = ("high", "low")
+TRANSFORMER = {"high": "transformer", "low": "transformer_2"}
+
+
+@dataclass
+class Walk:
+    """Where everything of one walk lies, and what it has measured."""
+
+    out: Path
+    repository: Path
+    num_iterations: int
+    num_ranks: int
+    seed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Path:
+        """The tiny Diffusers folder."""
+        return self.out / "Wan2.2-T2V-A14B-Diffusers"
+
+    @property
+    def converted(self) -> Path:
+        """Both experts as DCP, written by mm-convert."""
+        return self.out / "dcp"
+
+    @property
+    def data(self) -> Path:
+        """Clips, annotations and data.json."""
+        return self.out / "data"
+
+    @property
+    def exported(self) -> Path:
+        """The trained experts, again as a Diffusers folder."""
+        return self.out / "Wan2.2-T2V-A14B-trained"
+
+    def run_folder(self, expert: str) -> Path:
+        """The save path of one expert's training run."""
+        return self.out / "runs" / expert
+
+
+def run_walk(out: Path, *, num_iterations: int, num_ranks: int, seed: int) -> Walk:
+    """Run every stage in order; raises ``WanError`` at the first that does not do its work."""
+    walk = Walk(out.resolve(), find_repository(), num_iterations, num_ranks, seed)
+    walk.out.mkdir(parents=True, exist_ok=True)
+    (walk.out / "logs").mkdir(exist_ok=True)
+    stages: list[tuple[str, Callable[[Walk], None]]] = [
+        ("write a tiny Wan2.2 folder and captioned clips", write_inputs),
+        ("convert both experts to DCP", convert),
+        ("pretrain the high-noise expert", lambda w: pretrain(w, "high")),
+        ("pretrain the low-noise expert", lambda w: pretrain(w, "low")),
+        ("export back to Diffusers and let diffusers load it", export),
+        ("generate a video with the trained experts", generate),
+        ("plot the losses", plot),
+    ]
+    for number, (title, stage) in enumerate(stages, 1):
+        print(f"\n[{number}/{len(stages)}] {title}", flush=True)
+        start = time.monotonic()
+        stage(walk)
+        walk.seconds[title] = time.monotonic() - start
+        print(f"[{number}/{len(stages)}] done in {walk.seconds[title]:.1f} s", flush=True)
+    return walk
+
+
+def find_repository() -> Path:
+    """Return the checkout that holds examples/ (the demo shows the launchers, so a wheel alone is not enough)."""
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (folder / "examples" / "wan2.2" / "common" / "launch.sh").is_file():
+            return folder
+    raise ResourceError(
+        "examples/wan2.2 is not beside the installed package",
+        fix="run the demo from a checkout of the repository (it walks through its launch scripts)",
+    )
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def write_inputs(walk: Walk) -> None:
+    """Write the model folder, the clips and the two MindSpeed-MM style model files."""
+    from mindspeed_wan.demo.clips import write_clips
+    from mindspeed_wan.demo.model_folder import write_model_folder
+
+    write_model_folder(walk.model, task="t2v", seed=walk.seed)
+    write_clips(walk.data, num_clips=8, size=(64, 96), num_frames=17, fps=16, seed=walk.seed)
+    for expert in EXPERTS:
+        _write_model_json(walk, expert)
+
+
+def convert(walk: Walk) -> None:
+    """Convert the Diffusers folder; one call writes both experts."""
+    _command(walk, "convert", [
+        *_python("mindspeed_wan_converters"), "Wan2.2T2VConverter", "hf_to_dcp",
+        "--cfg.source_path", str(walk.model), "--cfg.target_path", str(walk.converted), "--overwrite", "--verify",
+    ])
+    for expert in EXPERTS:
+        _require(walk.converted / TRANSFORMER[expert] / "release" / ".metadata")
+
+
+def pretrain(walk: Walk, expert: str) -> None:
+    """Train one expert through the launcher that a cluster uses."""
+    launcher = walk.repository / "examples" / "wan2.2" / "A14B" / "t2v" / f"pretrain_{expert}.sh"
+    environment = {
+        "DEVICE": "cpu",
+        "NPROC_PER_NODE": str(walk.num_ranks),
+        "MM_DATA": str(walk.data / "data.json"),
+        "MM_MODEL": str(walk.out / f"pretrain_model_{expert}.json"),
+        "LOAD_PATH": str(walk.converted / TRANSFORMER[expert]),
+        "SAVE_PATH": str(walk.run_folder(expert)),
+        "GRAD_ACC_STEP": "2",
+    }
+    _command(walk, f"pretrain_{expert}", [
+        "bash", str(launcher), "--train-iters", str(walk.num_iterations), "--save-interval", str(walk.num_iterations),
+        "--lr", "1e-3", "--min-lr", "1e-3", "--seed", str(walk.seed), "--num-workers", "0",
+    ], environment)
+    losses = _losses(walk, expert)
+    if len(losses) != walk.num_iterations or not all(map(math.isfinite, losses)):
+        raise WanError(f"{len(losses)} finite losses instead of {walk.num_iterations}", where=f"pretrain_{expert}")
+
+
+def export(walk: Walk) -> None:
+    """Write both trained experts as a Diffusers folder and check that diffusers loads every weight of it."""
+    for expert in EXPERTS:
+        _command(walk, f"export_{expert}", [
+            *_python("mindspeed_wan_converters"), "Wan2.2T2VConverter", "dcp_to_hf",
+            "--cfg.source_path", str(walk.run_folder(expert)),
+            "--cfg.target_path", str(walk.exported / TRANSFORMER[expert]),
+            "--cfg.hf_dir", str(walk.model), "--overwrite",
+        ])
+    _command(walk, "diffusers", [sys.executable, "-c", _LOAD_WITH_DIFFUSERS, str(walk.exported)])
+
+
+_LOAD_WITH_DIFFUSERS = """
+import sys, torch
+from diffusers import WanPipeline
+pipe = WanPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+latents = pipe(prompt="a red circle moves left", height=64, width=96, num_frames=5, num_inference_steps=3,
+               guidance_scale=4.0, guidance_scale_2=3.0, output_type="latent").frames
+assert torch.isfinite(latents).all(), "diffusers made a latent that is not finite"
+print("diffusers loaded the export and generated a latent of shape", tuple(latents.shape))
+"""
+
+
+def generate(walk: Walk) -> None:
+    """Generate a video from the exported folder through the inference launcher."""
+    launcher = walk.repository / "examples" / "wan2.2" / "A14B" / "t2v" / "inference.sh"
+    video = walk.out / "a_red_circle_moves_left.mp4"
+    _command(walk, "generate", [
+        "bash", str(launcher), "--task", "t2v-A14B", "--ckpt_dir", str(walk.exported), "--size", "96*64",
+        "--frame_num", "17", "--sample_steps", "8", "--base_seed", str(walk.seed), "--dtype", "fp32",
+        "--prompt", "a red circle moves left", "--save_file", str(video),
+    ], {"DEVICE": "cpu", "NPROC_PER_NODE": "1"})
+    _require(video)
+
+
+def plot(walk: Walk) -> None:
+    """Plot both experts' losses into ``loss.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for expert in EXPERTS:
+        losses = _losses(walk, expert)
+        axes.plot(range(1, len(losses) + 1), losses, label=f"{expert}-noise expert")
+    axes.set(xlabel="iteration", ylabel="flow-matching loss", title="Tiny Wan2.2 T2V A14B, both experts")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(walk.out / "loss.png", dpi=120)
+    plt.close(figure)
+    _require(walk.out / "loss.png")
+
+
+def describe(walk: Walk) -> str:
+    """Return the closing summary: what was done, the losses, where everything lies."""
+    lines = ["", "The walk is complete."]
+    for expert in EXPERTS:
+        losses = _losses(walk, expert)
+        lines.append(f"  {expert:>4} expert: loss {losses[0]:.4f} -> {losses[-1]:.4f} over {len(losses)} iterations")
+    places = {
+        "tiny model": walk.model, "clips": walk.data, "converted experts": walk.converted,
+        "training runs": walk.out / "runs", "trained Diffusers folder": walk.exported,
+        "video": walk.out / "a_red_circle_moves_left.mp4", "loss plot": walk.out / "loss.png",
+        "logs of every stage": walk.out / "logs",
+    }
+    lines += [f"  {name:<24} {path}" for name, path in places.items()]
+    lines.append(f"  {'time':<24} {sum(walk.seconds.values()):.0f} s")
+    return "\n".join(lines)
+
+
+# ---- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _write_model_json(walk: Walk, expert: str) -> None:
+    """Write the shipped A14B model file with the tiny model's sizes and paths in place of the real ones."""
+    from mindspeed_wan.config.load import read_json
+    from mindspeed_wan.models.wan.config import WanConfig
+
+    source = walk.repository / "examples" / "wan2.2" / "A14B" / "t2v" / f"pretrain_model_{expert}.json"
+    values = read_json(source)
+    config = WanConfig.from_diffusers(json.loads((walk.model / "transformer" / "config.json").read_text()))
+    values["predictor"].update(
+        in_dim=config.in_channels, out_dim=config.out_channels, hidden_size=config.dim, ffn_dim=config.ffn_dim,
+        num_heads=config.num_heads, num_layers=config.num_layers, text_dim=config.text_dim, freq_dim=config.freq_dim,
+    )
+    values["predictor"].pop("pipeline_num_layers", None)
+    values["ae"]["from_pretrained"] = str(walk.model / "vae")
+    values["text_encoder"]["from_pretrained"] = str(walk.model / "text_encoder")
+    (walk.out / f"pretrain_model_{expert}.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _losses(walk: Walk, expert: str) -> list[float]:
+    path = walk.run_folder(expert) / "metrics.jsonl"
+    _require(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _command(walk: Walk, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run one command with its output shown and kept; a failure raises with the command's own exit code."""
+    shown = " ".join([*(f"{k}={v}" for k, v in (environment or {}).items()), *command])
+    print(f"  $ {shown.replace(str(walk.repository), '.')}", flush=True)
+    log = walk.out / "logs" / f"{name}.log"
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=env, cwd=walk.repository, text=True, errors="replace",
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            print(f"    {line.rstrip()}", flush=True)
+        code = process.wait()
+    if code:
+        error = WanError(f"the command ended with exit code {code}", where=name, fix=f"see {log}")
+        error.exit_code = code
+        raise error
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise WanError("the stage did not write this", where=str(path))
+
+
+def check_iterations(num_iterations: int, num_ranks: int) -> None:
+    """Refuse sizes that the demo cannot run."""
+    if num_iterations < 1:
+        raise ConfigError(f"--iterations {num_iterations} must be at least 1")
+    if num_ranks not in (1, 2, 4):
+        raise ConfigError(f"--ranks {num_ranks}: the demo's global batch divides over 1, 2 or 4 ranks")
