@@ -28,8 +28,7 @@ SPATIAL_FACTOR = 8
 
 def partition(length: int, parts: int) -> list[tuple[int, int]]:
     """Cut ``range(length)`` into ``parts`` contiguous [start, end) pieces whose sizes differ by at most one."""
-    edges = [length * i // parts for i in range(parts + 1)]
-    return list(zip(edges[:-1], edges[1:]))
+    return [(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 
 
 def choose_grid(ranks: int, latent_height: int, latent_width: int) -> tuple[int, int] | None:
@@ -92,12 +91,13 @@ def _with_halo(x: Tensor, layout: _Layout, before: int, after: int) -> Tensor:
 
     Rows first, then columns of the extended tensor, so the corners arrive without messages to diagonal ranks.
     """
-    for axis, dim in ((0, x.dim() - 2), (1, x.dim() - 1)):
-        x = _extend(x, layout, axis, dim, before, after)
+    for axis in (0, 1):
+        x = _extend(x, layout, axis, (before, after))
     return x
 
 
-def _extend(x: Tensor, layout: _Layout, axis: int, dim: int, before: int, after: int) -> Tensor:
+def _extend(x: Tensor, layout: _Layout, axis: int, halo: tuple[int, int]) -> Tensor:
+    (before, after), dim = halo, x.dim() - 2 + axis
     previous, following = layout.neighbour(axis, -1), layout.neighbour(axis, +1)
     shape = list(x.shape)
 
@@ -165,7 +165,7 @@ def _attention(block: nn.Module, state: _State, x: Tensor) -> Tensor:
 
 
 class _State:
-    """What the replaced forwards share: the layout of the current call, and the zero frames each convolution starts with."""
+    """What the replaced forwards share: the current call's layout, and the zero frames each convolution starts with."""
 
     def __init__(self) -> None:
         self.layout: _Layout | None = None
