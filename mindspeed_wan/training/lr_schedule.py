@@ -21,7 +21,8 @@ IncreaseStyle = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Warm-up, decay and weight-decay increase; every ``*_samples`` field is a count of samples.
+    """Warm-up, decay and weight-decay increase; every ``*_samples`` field counts samples
+    (fractional when a flag gives a fraction).
 
     ``wsd_samples`` is the length of the final anneal of the WSD style (warm-up, stable, decay), which ends at
     ``decay_samples``.
@@ -30,15 +31,15 @@ class Schedule:
     max_lr: float
     min_lr: float = 0.0
     init_lr: float = 0.0
-    warmup_samples: int = 0
-    decay_samples: int
+    warmup_samples: float = 0
+    decay_samples: float
     decay_style: DecayStyle = "linear"
-    wsd_samples: int = 0
+    wsd_samples: float = 0
     wsd_style: AnnealStyle = "exponential"
     start_weight_decay: float = 0.01
     end_weight_decay: float = 0.01
     weight_decay_style: IncreaseStyle = "constant"
-    weight_decay_samples: int | None = None
+    weight_decay_samples: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what Megatron asserts on, with the flags' names."""
