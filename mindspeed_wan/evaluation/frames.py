@@ -1,0 +1,62 @@
+"""Frames of a video file as an array.
+
+Shapes: frames [T, H, W, 3] uint8, RGB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mindspeed_wan.errors import DataError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+
+
+def read_frames(path: Path) -> tuple[np.ndarray, float]:
+    """Read every frame of a video.
+
+    Returns:
+        frames [T, H, W, 3] uint8 and the average frame rate in Hz.
+
+    Raises:
+        DataError: the file is missing, empty, or no video.
+    """
+    import av
+
+    if not path.is_file() or path.stat().st_size == 0:
+        raise DataError("the video is missing or empty", where=str(path))
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 0)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DataError(f"cannot be decoded: {error}", where=str(path)) from None
+    if not frames:
+        raise DataError("holds no frame", where=str(path))
+    return np.stack(frames), rate
+
+
+def align(reference: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut both to the shorter length and resize ``video`` to the reference's size (area-aware, antialiased)."""
+    num_frames = min(len(reference), len(video))
+    reference, video = reference[:num_frames], video[:num_frames]
+    if reference.shape[1:3] != video.shape[1:3]:
+        from PIL import Image
+
+        height, width = reference.shape[1:3]
+        resample = Image.Resampling.BICUBIC
+        video = np.stack([np.asarray(Image.fromarray(f).resize((width, height), resample)) for f in video])
+    return reference, video
+
+
+def find_videos(folder: Path) -> dict[str, Path]:
+    """Return {stem: path} of the videos directly inside ``folder``; an empty folder is an error."""
+    if not folder.is_dir():
+        raise DataError("is not a folder", where=str(folder))
+    videos = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
+    if not videos:
+        raise DataError(f"holds no video ({', '.join(VIDEO_SUFFIXES)})", where=str(folder))
+    return videos

@@ -1,0 +1,63 @@
+"""The seed's score of one model: half human, half reference metrics.
+
+score = 0.5 * subjective / 20 + 0.25 * PSNR / 50 + 0.25 * SSIM, where subjective is the sum of four criteria, each 1 to 5.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindspeed_wan.errors import DataError
+
+CRITERIA = ("dynamics", "camera", "frame_quality", "accuracy")
+"""What a person rates, each from 1 (bad) to 5 (good)."""
+
+_COLUMNS = ("model", "clip", *CRITERIA)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One person's view of one clip; ``total`` is out of 20."""
+
+    model: str
+    clip: str
+    points: tuple[int, int, int, int]
+
+    @property
+    def total(self) -> int:
+        """Sum of the four criteria."""
+        return sum(self.points)
+
+
+def score(subjective: float, psnr_db: float, ssim: float) -> float:
+    """Return the weighted score in [0, 1] (PSNR counts up to 50 dB)."""
+    return 0.5 * subjective / 20 + 0.25 * min(psnr_db, 50.0) / 50 + 0.25 * ssim
+
+
+def read_ratings(path: Path) -> list[Rating]:
+    """Read the CSV that the rating sheet exports; every bad row is named with its line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    rows = list(csv.DictReader(text.splitlines()))
+    if not rows or set(_COLUMNS) - set(rows[0]):
+        raise DataError(f"needs a header {','.join(_COLUMNS)} and at least one row", where=str(path))
+    ratings = []
+    for line, row in enumerate(rows, 2):
+        try:
+            points = tuple(int(row[name]) for name in CRITERIA)
+        except (TypeError, ValueError):
+            raise DataError(f"points must be whole numbers: {row}", where=f"{path}:{line}") from None
+        if not all(1 <= p <= 5 for p in points):
+            raise DataError(f"points {points} are not between 1 and 5", where=f"{path}:{line}")
+        ratings.append(Rating(row["model"], row["clip"], points))  # type: ignore[arg-type]
+    return ratings
+
+
+def mean_subjective(ratings: list[Rating], model: str) -> float | None:
+    """Return the mean total (of 20) over all persons and clips of ``model``; None when nobody rated it."""
+    totals = [r.total for r in ratings if r.model == model]
+    return sum(totals) / len(totals) if totals else None
