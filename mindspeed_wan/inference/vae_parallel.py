@@ -34,8 +34,8 @@ def partition(length: int, parts: int) -> list[tuple[int, int]]:
 def choose_grid(ranks: int, latent_height: int, latent_width: int) -> tuple[int, int] | None:
     """Return the (rows, columns) of ranks with the shortest halos, or None when the picture has too few pixels.
 
-    The halo of a rank is the perimeter of its rectangle, and the largest rectangle sets the pace, so the cost of
-    a grid is (area of the largest rectangle, its perimeter).
+    The largest rectangle sets the pace, so the cost of a grid is (its area, the length of its sides that have a
+    neighbour).
     """
     best: tuple[tuple[int, int], tuple[int, int]] | None = None
     for rows in range(1, ranks + 1):
@@ -43,7 +43,7 @@ def choose_grid(ranks: int, latent_height: int, latent_width: int) -> tuple[int,
         if rows * columns != ranks or rows > latent_height or columns > latent_width:
             continue
         height, width = -(-latent_height // rows), -(-latent_width // columns)
-        halo = (width if rows > 1 else 0) + (height if columns > 1 else 0)
+        halo = min(2, rows - 1) * width + min(2, columns - 1) * height
         cost = (height * width, halo)
         if best is None or cost < best[0]:
             best = (cost, (rows, columns))
