@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pydantic import Field
+
 from mindspeed_wan.config.base import Section
 from mindspeed_wan.config.sections_model import (
     DataSection,
@@ -78,7 +80,7 @@ class RunConfig(Section):
     """Adapters; None trains all weights."""
     notes: tuple[str, ...] = ()
     """Things the reader of the log should know once: inert flags, translated values, likely mistakes."""
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
     """Which file each part came from (absolute paths)."""
 
     def resolved(self) -> dict[str, Any]:

@@ -236,5 +236,5 @@ class LoraSection(Section):
     """Names (last parts of a module path) that get an adapter."""
     rslora: bool = False
     """Rank-stabilised scaling."""
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Rank of single modules or name endings, instead of r."""
