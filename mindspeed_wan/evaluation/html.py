@@ -28,7 +28,8 @@ _SYNC = """
 for (const row of document.querySelectorAll('.row')) {
   const all = [...row.querySelectorAll('video')];
   for (const v of all) {
-    v.addEventListener('play', () => all.forEach(o => { if (o !== v && o.paused) { o.currentTime = v.currentTime; o.play(); } }));
+    v.addEventListener('play', () => all.forEach(o => {
+      if (o !== v && o.paused) { o.currentTime = v.currentTime; o.play(); } }));
     v.addEventListener('pause', () => all.forEach(o => { if (o !== v) o.pause(); }));
     v.addEventListener('seeked', () => all.forEach(o => {
       if (o !== v && Math.abs(o.currentTime - v.currentTime) > 0.05) o.currentTime = v.currentTime; }));

@@ -9,6 +9,8 @@ too high a PSNR; use it only to compare with old figures.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from mindspeed_wan.errors import ConfigError
@@ -82,7 +84,7 @@ def motion(video: np.ndarray) -> float:
         return 0.0
     grey = luma(video) / 255.0
     lengths = []
-    for before, after in zip(grey[:-1], grey[1:], strict=True):
+    for before, after in itertools.pairwise(grey):
         flow = optical_flow_ilk(before, after, radius=7)
         length = np.sort(np.hypot(flow[0], flow[1]).ravel())
         lengths.append(length[-max(1, length.size // 20):].mean())

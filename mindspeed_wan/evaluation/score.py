@@ -1,6 +1,6 @@
 """The seed's score of one model: half human, half reference metrics.
 
-score = 0.5 * subjective / 20 + 0.25 * PSNR / 50 + 0.25 * SSIM, where subjective is the sum of four criteria, each 1 to 5.
+score = 0.5 * subjective / 20 + 0.25 * PSNR / 50 + 0.25 * SSIM; subjective is the sum of four criteria, each 1 to 5.
 """
 
 from __future__ import annotations
