@@ -59,10 +59,10 @@ def comparison_page(out: Path, clips: list[ClipResult], models: list[ModelResult
     parts = [_summary_table(models), "<h2>Clips</h2>"]
     for name in dict.fromkeys(c.clip for c in clips):
         own = [c for c in clips if c.clip == name]
-        figures = [_figure(Path(own[0].reference), out, "reference", f"motion {own[0].reference_motion:.2f} px")]
-        figures += [_figure(Path(c.video), out, c.model, f"PSNR {c.psnr_db:.2f} dB, SSIM {c.ssim:.3f}") for c in own]
+        figures = [figure(Path(own[0].reference), out, "reference", f"motion {own[0].reference_motion:.2f} px")]
+        figures += [figure(Path(c.video), out, c.model, f"PSNR {c.psnr_db:.2f} dB, SSIM {c.ssim:.3f}") for c in own]
         parts.append(f"<h3>{html.escape(name)}</h3><div class=row>{''.join(figures)}</div>")
-    return _write(out / "comparison.html", "Comparison", "".join(parts), _SYNC)
+    return write_page(out / "comparison.html", "Comparison", "".join(parts), _SYNC)
 
 
 def rating_page(out: Path, clips: list[ClipResult]) -> Path:
@@ -75,10 +75,10 @@ def rating_page(out: Path, clips: list[ClipResult]) -> Path:
             + "".join(f"<option>{n}</option>" for n in range(1, 6)) + "</select></td>" for c in CRITERIA)
         rows.append(
             f"<tr data-model='{html.escape(clip.model, quote=True)}' data-clip='{html.escape(clip.clip, quote=True)}'>"
-            f"<td>{_figure(Path(clip.video), out, clip.model, clip.clip)}</td>{cells}</tr>")
+            f"<td>{figure(Path(clip.video), out, clip.model, clip.clip)}</td>{cells}</tr>")
     body = (f"<p>Rate each clip from 1 (bad) to 5 (good), then export.</p><table><tr><th>clip</th>{head}</tr>"
             f"{''.join(rows)}</table><button id=export>Export CSV</button>")
-    return _write(out / "rating.html", "Rating sheet", body, f"const criteria={json.dumps(CRITERIA)};{_EXPORT}")
+    return write_page(out / "rating.html", "Rating sheet", body, f"const criteria={json.dumps(CRITERIA)};{_EXPORT}")
 
 
 def _summary_table(models: list[ModelResult]) -> str:
@@ -98,7 +98,8 @@ def _number(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def _figure(video: Path, out: Path, title: str, text: str) -> str:
+def figure(video: Path, out: Path, title: str, text: str) -> str:
+    """Return a player with its caption; ``out`` is the folder that a linked video is relative to."""
     if video.stat().st_size <= EMBED_LIMIT_BYTES:
         source = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
     else:
@@ -107,7 +108,8 @@ def _figure(video: Path, out: Path, title: str, text: str) -> str:
             f"<figcaption><b>{html.escape(title)}</b> {html.escape(text)}</figcaption></figure>")
 
 
-def _write(path: Path, title: str, body: str, script: str) -> Path:
+def write_page(path: Path, title: str, body: str, script: str = "") -> Path:
+    """Write one self-contained page (temporary name, then renamed)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{body}<script>{script}</script></html>")

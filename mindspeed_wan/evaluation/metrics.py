@@ -59,8 +59,8 @@ def ms_ssim(reference: np.ndarray, video: np.ndarray) -> np.ndarray | None:
 
     values = []
     for a, b in zip(reference, video, strict=True):
-        tensors = [torch.from_numpy(np.ascontiguousarray(f)).permute(2, 0, 1)[None].float() for f in (a, b)]
-        values.append(float(measure(*tensors, data_range=255.0)))
+        first, second = (torch.from_numpy(np.ascontiguousarray(f)).permute(2, 0, 1)[None].float() for f in (a, b))
+        values.append(float(measure(first, second, data_range=255.0)))
     return np.array(values)
 
 
