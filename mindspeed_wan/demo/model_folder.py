@@ -229,7 +229,7 @@ def _image_encoder(tiny: TinySizes) -> Any:
             hidden_size=tiny.image_dim,
             intermediate_size=2 * tiny.image_dim,
             num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=16,  # as in ViT-H/14: the original file does not say
             image_size=224,
             patch_size=14,
             hidden_act="gelu",
