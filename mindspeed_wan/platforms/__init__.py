@@ -49,7 +49,7 @@ def get_platform(name: str | None = None) -> Platform:
         raise ResourceError(
             f"device '{name}' is not usable: {problem}",
             where=source,
-            fix=f"{platform.problem_fix()}; or run on the CPU, which needs nothing: --device cpu or {DEVICE_VARIABLE}=cpu",
+            fix=f"{platform.problem_fix()}; or run on the CPU: --device cpu, {DEVICE_VARIABLE}=cpu",
         )
     _platform = platform
     return platform

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform as host
 import re
@@ -80,10 +81,8 @@ class CpuPlatform(Platform):
 
     def reset_peak_memory(self) -> None:
         """Reset the kernel's high-water mark of this process, where the kernel lets us."""
-        try:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak then covers the whole process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            pass  # not Linux, or a container without the right: the peak then covers the whole process
 
     def free_memory_bytes(self) -> int:
         """Return what the machine, or the container's limit, leaves free."""

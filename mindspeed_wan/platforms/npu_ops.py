@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_wan.platforms.ops import TORCH, Kernels
+from mindspeed_wan.platforms import reference
 
 
 def _npu() -> Any:
@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Fused interleaved rotation. The kernel wants one dtype, and tables rounded to bf16 would turn by a wrong angle."""
+    """Fused interleaved rotation in fp32: the kernel wants one dtype, and bf16 tables would turn by a wrong angle."""
     return _npu().npu_rotary_mul(x.float().contiguous(), cos, sin, rotary_mode="interleave").to(x.dtype)
 
 
@@ -73,7 +73,7 @@ def layer_norm(
 ) -> Tensor:
     """Fused layer norm where no gradient is needed, else torch's own (which the NPU differentiates)."""
     if _needs_grad(x, weight, bias):
-        return TORCH.layer_norm(x, weight, bias, eps, out_dtype)
+        return reference.layer_norm(x, weight, bias, eps, out_dtype)
     weight = None if weight is None else weight.float()
     bias = None if bias is None else bias.float()
     out = _npu().npu_layer_norm_eval(x.float(), [x.shape[-1]], weight=weight, bias=bias, eps=eps)
@@ -84,7 +84,7 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, ou
     """LN(x) * (1 + scale) + shift is a layer norm with weight 1 + scale and bias shift, if all tokens share them."""
     width = x.shape[-1]
     if scale.numel() != width or shift.numel() != width or _needs_grad(x, scale, shift):
-        return TORCH.modulated_layer_norm(x, scale, shift, eps, out_dtype)
+        return reference.modulated_layer_norm(x, scale, shift, eps, out_dtype)
     weight, bias = 1 + scale.float().view(width), shift.float().view(width)
     out = _npu().npu_layer_norm_eval(x.float(), [width], weight=weight, bias=bias, eps=eps)
     return out.to(out_dtype or x.dtype)
@@ -92,13 +92,3 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, ou
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-NPU = Kernels(
-    name="npu",
-    rms_norm=rms_norm,
-    rotary=rotary,
-    layer_norm=layer_norm,
-    modulated_layer_norm=modulated_layer_norm,
-    attention_backend="npu",
-)

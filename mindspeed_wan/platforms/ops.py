@@ -10,7 +10,6 @@ dtype of ``x`` (or ``q``) unless ``out_dtype`` says otherwise; norms and rotatio
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.platforms import attention as attention_kernels
+from mindspeed_wan.platforms import reference
 from mindspeed_wan.platforms.attention import AttentionGradients, AttentionResult
 
 
@@ -37,48 +37,33 @@ class Kernels:
     """The attention backend that ``auto`` means with this set."""
 
 
-def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if weight.dtype == x.dtype:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+def _torch_kernels() -> Kernels:
+    return Kernels(
+        name="torch",
+        rms_norm=reference.rms_norm,
+        rotary=reference.rotary,
+        layer_norm=reference.layer_norm,
+        modulated_layer_norm=reference.modulated_layer_norm,
+        attention_backend="sdpa",
+    )
 
 
-def _torch_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 0::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def _npu_kernels() -> Kernels:
+    from mindspeed_wan.platforms import npu_ops
+
+    return Kernels(
+        name="npu",
+        rms_norm=npu_ops.rms_norm,
+        rotary=npu_ops.rotary,
+        layer_norm=npu_ops.layer_norm,
+        modulated_layer_norm=npu_ops.modulated_layer_norm,
+        attention_backend="npu",
+    )
 
 
-def _torch_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
-) -> Tensor:
-    out_dtype = out_dtype or x.dtype
-    if out_dtype == x.dtype and (weight is None or weight.dtype == x.dtype):
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)  # fp32 statistics inside for every dtype
-    weight = None if weight is None else weight.float()
-    bias = None if bias is None else bias.float()
-    return F.layer_norm(x.float(), (x.shape[-1],), weight, bias, eps).to(out_dtype)
+_KERNEL_SETS = {"torch": _torch_kernels, "npu": _npu_kernels}
 
-
-def _torch_modulated_layer_norm(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype | None
-) -> Tensor:
-    normed = F.layer_norm(x.float(), (x.shape[-1],), None, None, eps)
-    return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(out_dtype or x.dtype)
-
-
-TORCH = Kernels(
-    name="torch",
-    rms_norm=_torch_rms_norm,
-    rotary=_torch_rotary,
-    layer_norm=_torch_layer_norm,
-    modulated_layer_norm=_torch_modulated_layer_norm,
-    attention_backend="sdpa",
-)
-
-_KERNEL_SETS = {"torch": "mindspeed_wan.platforms.ops:TORCH", "npu": "mindspeed_wan.platforms.npu_ops:NPU"}
-
-_kernels = TORCH
+_kernels = _torch_kernels()
 _attention_backend = "auto"
 
 
@@ -102,8 +87,7 @@ def use(name: str) -> _Override:
     global _kernels
     if name not in _KERNEL_SETS:
         raise ConfigError(f"kernel set '{name}' does not exist", fix=f"choose one of {', '.join(_KERNEL_SETS)}")
-    module, attribute = _KERNEL_SETS[name].split(":")
-    previous, _kernels = _kernels, getattr(importlib.import_module(module), attribute)
+    previous, _kernels = _kernels, _KERNEL_SETS[name]()
     return _Override(lambda: _restore(kernels=previous))
 
 
