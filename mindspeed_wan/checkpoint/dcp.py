@@ -1,0 +1,301 @@
+"""Training checkpoints: plain torch DCP under ``<save>/iter_%07d/``, whole or absent, loadable in any layout.
+
+A folder holds
+
+- DCP files with the keys ``model.<MM name>`` (fp32 masters), ``optimizer.state.<MM name>.{exp_avg,exp_avg_sq}`` and
+  ``ema.<MM name>``: global tensors, so tensor-, context-, FSDP2- and world sizes may differ when it is read again;
+- ``wan.json``: architecture, task, expert, boundary and shift;
+- ``training.json``: iteration, samples consumed, optimizer steps. Randomness follows from the seed and the samples
+  consumed (there is no generator to save), the learning rate from the samples consumed;
+- ``manifest.json``: size, CRC-32 and SHA-256 of every file.
+
+It is written to a staging folder, hashed by the ranks that wrote it, renamed, and only then named by the tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch.distributed as dist
+
+from mindspeed_wan.checkpoint import manifest
+from mindspeed_wan.checkpoint.sources import MODEL_CARD, Found, check_expert, open_dcp
+from mindspeed_wan.checkpoint.stored import copy_into
+from mindspeed_wan.errors import CheckpointError, WanError
+from mindspeed_wan.parallel.agreement import all_or_none, barrier, first_decides
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROGRESS_FILE = "training.json"
+
+
+class OptimizerState(Protocol):
+    """What a checkpoint needs of the optimizer (``training.optimizer.AdamW``)."""
+
+    steps: int
+
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> fp32 local weights."""
+
+    def moments(self) -> Mapping[str, dict[str, Tensor]]:
+        """Name -> moment name -> fp32 local tensor."""
+
+    def masters_to_parameters(self) -> None:
+        """Round the masters into the parameters."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come. ``iteration`` counts from the first start, ``skipped`` the updates left out."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped: int = 0
+    optimizer_steps: int = 0
+    ema_updates: int = 0
+    seed: int = 0
+    global_batch_size: int = 0
+
+
+# ---- what is saved -------------------------------------------------------------------------------------------
+
+
+def view_like(view: Tensor, shard: Tensor) -> Tensor:
+    """Return ``shard``, shaped like the local part of ``view``, as a global tensor laid out like ``view``; no copy."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(view, DTensor):
+        return shard
+    return DTensor.from_local(shard, view.device_mesh, view.placements, run_check=False, shape=view.shape,
+                              stride=view.stride())
+
+
+def state_views(views: Mapping[str, Tensor], optimizer: OptimizerState, *, with_moments: bool = True,
+                ema: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return checkpoint key -> global view of the live tensor: weights (masters where trained), moments, EMA.
+
+    Args:
+        views: parameter name -> global view; frozen parameters are included as they are.
+        optimizer: the optimizer over some or all of those parameters.
+        with_moments: include the optimizer's moments.
+        ema: name -> local average.
+    """
+    masters = optimizer.masters()
+    state = {f"model.{n}": view_like(v, masters[n]) if n in masters else v for n, v in views.items()}
+    if with_moments:
+        for name, moments in optimizer.moments().items():
+            state.update({f"optimizer.state.{name}.{kind}": view_like(views[name], shard)
+                          for kind, shard in moments.items()})
+    for name, average in (ema or {}).items():
+        state[f"ema.{name}"] = view_like(views[name], average)
+    return state
+
+
+def save(root: str | Path, state: Mapping[str, Tensor], progress: Progress, card: Mapping[str, Any], *,
+         keep_last: int | None = None) -> Path:
+    """Write ``root/iter_%07d`` and move the tracker to it. Collective; returns the folder.
+
+    Args:
+        root: the save folder (``--save``).
+        state: key -> global view, from :func:`state_views`.
+        progress: written as ``training.json``.
+        card: written as ``wan.json``.
+        keep_last: remove older iterations so that this many stay; ``None`` keeps all.
+
+    Raises:
+        ResourceError: on every rank, when the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = Path(root) / f"iter_{progress.iteration:07d}"
+    staging = first_decides(lambda: _open_staging(final))
+    all_or_none(lambda: _write_shards(staging, state))
+    records = _gather(all_or_none(lambda: _hash_own_files(staging)))
+    first_decides(lambda: _commit(staging, final, records, progress, card, keep_last))
+    return final
+
+
+def _open_staging(final: Path) -> Path:
+    manifest.remove_stale_staging(final.parent)
+    return manifest.staging_folder(final)
+
+
+def _write_shards(staging: Path, state: Mapping[str, Tensor]) -> None:
+    """Write this rank's part with torch's own DCP writer."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    # One file per rank; commit_folder flushes all of them at once, so the writer need not flush each.
+    writer = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=False, overwrite=True)
+    try:
+        dcp.save(dict(state), storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise _writer_error(error, staging) from None
+    except OSError as error:
+        raise manifest.disk_error(error, staging) from None
+
+
+def _writer_error(error: Any, staging: Path) -> WanError:
+    """Turn DCP's collection of per-rank failures into the one that matters."""
+    failures = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+    for failure in failures:
+        if isinstance(failure, OSError):
+            return manifest.disk_error(failure, staging)
+    text = str(failures[0]) if failures else str(error)
+    if "No space" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return manifest.disk_error(OSError(28, f"No space left on device ({text.splitlines()[0]})"), staging)
+    return CheckpointError(f"could not be written: {text.splitlines()[0]}", where=str(staging))
+
+
+def _hash_own_files(staging: Path) -> dict[str, manifest.FileRecord]:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    try:
+        return {path.name: manifest.hash_file(path) for path in sorted(staging.glob(f"__{rank}_*.distcp"))}
+    except OSError as error:
+        raise manifest.disk_error(error, staging) from None
+
+
+def _gather(records: dict[str, manifest.FileRecord]) -> dict[str, manifest.FileRecord]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return records
+    parts: list[dict[str, manifest.FileRecord] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, records)
+    return {name: record for part in parts if part for name, record in part.items()}
+
+
+def _commit(staging: Path, final: Path, records: Mapping[str, manifest.FileRecord], progress: Progress,
+            card: Mapping[str, Any], keep_last: int | None) -> None:
+    manifest.write_text_atomic(staging / MODEL_CARD, json.dumps(card, indent=2) + "\n")
+    manifest.write_text_atomic(staging / PROGRESS_FILE, json.dumps(asdict(progress), indent=2) + "\n")
+    manifest.write_manifest(staging, {"iteration": progress.iteration}, known=records)
+    manifest.commit_folder(staging, final)
+    manifest.write_tracker(final.parent, progress.iteration)
+    if keep_last is not None:
+        remove_old(final.parent, keep_last)
+
+
+def remove_old(root: Path, keep_last: int) -> list[Path]:
+    """Remove all but the newest ``keep_last`` complete iterations of ``root``; never the tracker's own.
+
+    Folders without a manifest are neither counted nor touched: they are somebody else's, or damage to look at.
+    """
+    named = manifest.read_tracker(root)
+    old = [(i, folder) for i, folder in complete_iterations(root) if i != named][max(keep_last - 1, 0):]
+    for _, folder in old:
+        # The manifest goes first: a half-removed folder must not look complete.
+        (folder / manifest.MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder for _, folder in old]
+
+
+def complete_iterations(root: str | Path) -> list[tuple[int, Path]]:
+    """Return (iteration, folder) of every ``iter_*`` folder of ours that has a manifest, newest first."""
+    found = []
+    for folder in Path(root).glob("iter_*"):
+        number = folder.name.removeprefix("iter_")
+        if number.isdigit() and (folder / manifest.MANIFEST_NAME).is_file() and (folder / PROGRESS_FILE).is_file():
+            found.append((int(number), folder))
+    return sorted(found, reverse=True)
+
+
+# ---- what is loaded ------------------------------------------------------------------------------------------
+
+
+def newest(root: str | Path, *, step: int | None = None, strict: bool = False, full_hash: bool = False,
+           warn: Any = print) -> Found | None:
+    """Return the training checkpoint of ``root`` to resume from, verified; ``None`` when it holds none of ours.
+
+    A damaged newest checkpoint is reported through ``warn`` and the one before it is taken, unless ``strict`` or an
+    explicit ``step`` ask for that very one. Call on rank 0 and share the answer (:func:`agreement.first_decides`).
+    """
+    # A folder newer than the tracker was committed by a run killed before it could move the tracker: it is whole.
+    iterations = complete_iterations(root)
+    if step is None and (Path(root) / manifest.TRACKER_NAME).exists():
+        if manifest.read_tracker(root) == manifest.RELEASE:
+            return None
+        if not iterations:
+            manifest.checkpoint_folder(root)  # names a folder that is gone: an error, not a fresh start
+    wanted = [entry for entry in iterations if step is None or entry[0] == step]
+    failure: WanError | None = None
+    for iteration, folder in wanted:
+        try:
+            manifest.verify_manifest(folder, full=full_hash)
+        except CheckpointError as error:
+            if strict or step is not None:
+                raise
+            failure = failure or error
+            warn(f"warning: checkpoint {folder.name} is damaged and skipped: {error.where}: {error.message}")
+            continue
+        return Found(folder, "dcp", iteration)
+    if failure is not None:
+        raise failure
+    return None
+
+
+def read_progress(folder: Path) -> Progress:
+    """Return the ``training.json`` of a checkpoint folder."""
+    path = folder / PROGRESS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(Progress)}
+        return Progress(**{key: int(value) for key, value in values.items() if key in known})
+    except FileNotFoundError:
+        raise CheckpointError("the checkpoint says nothing about how far its run had come", where=str(path),
+                              fix="pass --finetune to take only its weights and start at iteration 0") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot be read ({error})", where=str(path)) from None
+
+
+def load(found: Found, views: Mapping[str, Tensor], optimizer: OptimizerState, *, with_moments: bool = True,
+         ema: Mapping[str, Tensor] | None = None, expert: str | None = None) -> Progress:
+    """Load weights, moments and EMA of ``found`` in place, in whatever layout this job has. Collective.
+
+    Args:
+        found: from :func:`newest`.
+        views: parameter name -> global view.
+        optimizer: its masters and moments are written; its parameters are rounded from the masters.
+        with_moments: ``False`` leaves the moments as they are (``--no-load-optim``).
+        ema: name -> local average, written in place; taken from the weights when the checkpoint has no average.
+        expert: refuse a checkpoint of the other expert.
+
+    Raises:
+        CheckpointError: on every rank, when a tensor is missing, of another shape, or there is no optimizer state.
+    """
+    check_expert(found, expert)
+    progress = first_decides(lambda: read_progress(found.path))
+    state = state_views(views, optimizer, with_moments=with_moments, ema=ema)
+    all_or_none(lambda: _read_state(found.path, state))
+    optimizer.masters_to_parameters()
+    optimizer.steps = progress.optimizer_steps if with_moments else 0
+    barrier()
+    return progress
+
+
+def _read_state(folder: Path, state: Mapping[str, Tensor]) -> None:
+    with open_dcp(folder) as files:
+        names = {key: key for key in state}
+        if not any(key.startswith("ema.") for key in files.tensors):
+            names.update({key: f"model.{key.removeprefix('ema.')}" for key in state if key.startswith("ema.")})
+        if not any(key.startswith("optimizer.") for key in files.tensors) and any(
+                key.startswith("optimizer.") for key in state):
+            raise CheckpointError("was saved without optimizer state (--no-save-optim)", where=str(folder),
+                                  fix="pass --no-load-optim to go on with fresh moments")
+        _check_state(files.tensors, state, names, folder)
+        copy_into(files, state, names)
+
+
+def _check_state(tensors: Mapping[str, Any], state: Mapping[str, Tensor], names: Mapping[str, str],
+                 folder: Path) -> None:
+    missing = [key for key in state if names[key] not in tensors]
+    unknown = [key for key in tensors if key.startswith("model.") and key not in state]
+    wrong = [f"{key} {list(tensors[names[key]].shape)} instead of {list(view.shape)}" for key, view in state.items()
+             if names[key] in tensors and tensors[names[key]].shape != tuple(view.shape)]
+    problems = [f"{len(found)} {label}: {', '.join(found[:10])}"
+                for label, found in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)) if found]
+    if problems:
+        raise CheckpointError("is not a checkpoint of this model: " + "; ".join(problems), where=str(folder),
+                              fix="resume with the model.json the run was started with")

@@ -1,0 +1,195 @@
+"""Tensors that lie in files, read slice by slice: the one reader behind every weight and checkpoint format.
+
+Whatever the format, a tensor is a set of row-major pieces at known byte offsets (one piece in safetensors and mp_rank
+files, many in a DCP folder). A rank asks for the box it owns and only the bytes of that box are read; nothing is
+unpickled here, the tables come from ``safe_load``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from mindspeed_wan.checkpoint.torch_file import DTYPES, TensorRef, read_torch_file
+from mindspeed_wan.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Box = Sequence[slice]
+"""One ``slice(start, stop)`` per dimension, in elements of the whole tensor."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A row-major part of a tensor: where it lies in the tensor and in which bytes of which file.
+
+    ``zipped`` is the length of the ``torch.save`` container at ``offset`` (DCP writes one per piece); its table is
+    parsed only when the piece is read, because a rank reads few of the pieces of a large job. ``None`` when
+    ``offset`` is the first element itself.
+    """
+
+    path: Path
+    offset: int
+    code: str
+    origin: tuple[int, ...]
+    shape: tuple[int, ...]
+    zipped: int | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension."""
+        return math.prod(self.shape[1:]) * DTYPES[self.code][1]
+
+
+@dataclass
+class StoredTensor:
+    """One tensor on disk: its whole shape and the pieces that cover it."""
+
+    shape: tuple[int, ...]
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def code(self) -> str:
+        """The dtype code (``F32``, ``BF16``, ...)."""
+        return self.pieces[0].code
+
+
+class TensorFiles:
+    """The tensors of one checkpoint by name, with its files kept open while slices are read.
+
+    Use as a context manager. ``bytes_read`` counts what was really read (tests hold it to the slice).
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], where: Path) -> None:
+        self.tensors, self.where = dict(tensors), where
+        self.bytes_read = 0
+        self._stack, self._open = ExitStack(), dict[Path, IO[bytes]]()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._open.clear()
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """Return the box of tensor ``name`` as a CPU tensor in its stored dtype (the whole tensor by default)."""
+        import torch
+
+        stored = self.tensors[name]
+        box = [slice(0, size) for size in stored.shape] if box is None else box
+        out = torch.empty([s.stop - s.start for s in box], dtype=getattr(torch, DTYPES[stored.code][0]))
+        filled = 0
+        for piece in stored.pieces:
+            part = _overlap(piece, box)
+            if part is None:
+                continue
+            inside, target = part
+            block = self._read_piece(piece, inside)
+            out[target].copy_(block)
+            filled += block.numel()
+        if filled != out.numel():
+            raise CheckpointError(f"tensor {name!r} has only {filled} of {out.numel()} elements of a slice",
+                                  where=str(self.where), fix="the checkpoint is incomplete; use another one")
+        return out
+
+    def _read_piece(self, piece: Piece, inside: tuple[slice, ...]) -> Tensor:
+        """Read the rows of ``inside`` in one go and cut the other dimensions in memory."""
+        import torch
+
+        dtype = getattr(torch, DTYPES[piece.code][0])
+        first = self._first_element(piece)
+        if not piece.shape:
+            return torch.frombuffer(self._bytes(piece.path, first, DTYPES[piece.code][1]), dtype=dtype).view(())
+        rows = inside[0]
+        count = rows.stop - rows.start
+        raw = self._bytes(piece.path, first + rows.start * piece.row_bytes, count * piece.row_bytes)
+        return torch.frombuffer(raw, dtype=dtype).view(count, *piece.shape[1:])[(slice(None), *inside[1:])]
+
+    def _first_element(self, piece: Piece) -> int:
+        """Return the file offset of the piece's first element."""
+        if piece.zipped is None:
+            return piece.offset
+        ref = read_torch_file(piece.path, start=piece.offset, length=piece.zipped, stream=self._stream(piece.path)).root
+        if not isinstance(ref, TensorRef) or not ref.is_contiguous or (ref.code, ref.shape) != (piece.code, piece.shape):
+            raise CheckpointError(f"the chunk at byte {piece.offset} is not the tensor that .metadata describes",
+                                  where=str(piece.path), fix="the checkpoint is damaged; use another one")
+        return ref.offset
+
+    def _stream(self, path: Path) -> IO[bytes]:
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(open(path, "rb", buffering=0))
+        return self._open[path]
+
+    def _bytes(self, path: Path, offset: int, length: int) -> bytearray:
+        stream = self._stream(path)
+        buffer = bytearray(length)
+        view, done = memoryview(buffer), 0
+        while done < length:
+            read = os.preadv(stream.fileno(), [view[done:]], offset + done) if hasattr(os, "preadv") else _seek_read(
+                stream, view[done:], offset + done)
+            if read == 0:
+                raise CheckpointError(f"ends at byte {offset + done}; truncated", where=str(path),
+                                      fix="copy or download it again")
+            done += read
+        self.bytes_read += length
+        return buffer
+
+
+def _seek_read(stream: IO[bytes], view: memoryview, offset: int) -> int:
+    stream.seek(offset)
+    return int(stream.readinto(view))  # type: ignore[attr-defined]
+
+
+def _overlap(piece: Piece, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return where ``box`` meets ``piece``: (slices inside the piece, slices inside the box), or ``None``."""
+    inside, target = [], []
+    for wanted, origin, size in zip(box, piece.origin, piece.shape):
+        start, stop = max(wanted.start, origin), min(wanted.stop, origin + size)
+        if start >= stop:
+            return None
+        inside.append(slice(start - origin, stop - origin))
+        target.append(slice(start - wanted.start, stop - wanted.start))
+    return tuple(inside), tuple(target)
+
+
+def local_box(view: Tensor) -> tuple[slice, ...] | None:
+    """Return the box of the global tensor that this rank holds of ``view`` (a DTensor or a plain tensor).
+
+    ``None`` when the rank holds nothing of it (uneven sharding).
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(view, DTensor):
+        return tuple(slice(0, size) for size in view.shape)
+    shape, offset = compute_local_shape_and_global_offset(view.shape, view.device_mesh, view.placements)
+    if 0 in shape:
+        return None
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape))
+
+
+def copy_into(files: TensorFiles, targets: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> None:
+    """Read every target's own box and copy it in place, cast to the target's dtype.
+
+    Args:
+        files: the checkpoint.
+        targets: name -> global view (DTensor over local storage, or a plain tensor); written in place.
+        names: target name -> name in ``files`` where they differ.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    with torch.no_grad():
+        for name, view in targets.items():
+            box = local_box(view)
+            if box is None:
+                continue
+            shard = view.to_local() if isinstance(view, DTensor) else view
+            shard.copy_(files.read(names[name] if names else name, box))
