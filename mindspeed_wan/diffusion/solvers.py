@@ -152,7 +152,8 @@ class UniPC:
         sample = as_float(state.sample)
         newest = denoised_from_velocity(sample, velocity, sigmas[step])
         if self.corrector and state.anchor is not None and math.isfinite(half_log_snr(sigmas[step - 1])):
-            sample = self._update(sigmas, step - 1, state.anchor, state.denoised, order=state.order, corrected_by=newest)
+            past, order = (sigmas, step - 1, state.anchor, state.denoised), state.order
+            sample = self._update(*past, order=order, corrected_by=newest)
         denoised = (newest, *state.denoised)[: self.order]
         order = self._usable_order(schedule, step, len(denoised))
         predicted = self._update(sigmas, step, sample, denoised, order=order)
