@@ -1,0 +1,276 @@
+"""The command line of ``inference_sora.py``: Wan's own flags, MindSpeed-MM's, and ours, into one ``GenerateOptions``.
+
+Hyphens and underscores are the same in a flag's name. Every problem of a command line is reported at once; an unknown
+flag gets the nearest known one. No torch here: a wrong flag answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindspeed_wan.errors import ConfigError, did_you_mean
+from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
+from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
+
+
+def parse_bool(text: str) -> bool:
+    """Read true/false, yes/no, on/off, 1/0 in any case."""
+    word = text.lower()
+    if word in ("true", "yes", "on", "1", "t", "y"):
+        return True
+    if word in ("false", "no", "off", "0", "f", "n"):
+        return False
+    raise ConfigError(f"{text!r} is not true or false")
+
+
+def _parse_tile(text: str) -> tuple[int, int]:
+    height, _, width = text.replace("x", ",").replace("*", ",").partition(",")
+    return int(height), int(width or height)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: ``--name VALUE``; ``kind`` reads the value. ``many`` takes all words up to the next flag."""
+
+    name: str
+    field: str
+    kind: Callable[[str], Any]
+    help: str
+    many: bool = False
+
+
+_GROUPS: dict[str, tuple[Flag, ...]] = {
+    "weights": (
+        Flag("ckpt_dir", "ckpt_dir", Path, "Diffusers, original Wan, or high/ and low/ expert folder"),
+        Flag("task", "task", str, "t2v-A14B, i2v-A14B, inp-A14B, t2v-14B, i2v-14B; read from the weights when absent"),
+        Flag("load", "high_noise_ckpt", Path, "high-noise expert by itself (MM, DCP, safetensors)"),
+        Flag("high_noise_ckpt", "high_noise_ckpt", Path, "the same as --load"),
+        Flag("low_noise_ckpt", "low_noise_ckpt", Path, "low-noise expert by itself"),
+        Flag("vae", "vae", Path, "VAE folder or Wan2.1_VAE.pth, when not in ckpt_dir"),
+        Flag("text_encoder", "text_encoder", Path, "UMT5 folder or .pth file, when not in ckpt_dir"),
+        Flag("tokenizer", "tokenizer", Path, "tokenizer folder, when not in ckpt_dir"),
+        Flag("image_encoder", "image_encoder", Path, "CLIP of Wan2.1 I2V, when not in ckpt_dir"),
+        Flag("mm_model", "mm_model", str, "MindSpeed-MM's inference_model.json; flags override it"),
+    ),
+    "what to make": (
+        Flag("prompt", "prompts", str, "one prompt or several, each in quotes", many=True),
+        Flag("prompt_file", "prompt_file", str, "text file with one prompt per line"),
+        Flag("negative_prompt", "negative_prompt", str, "what to avoid; Wan's own text by default"),
+        Flag("image", "images", str, "I2V: first frame, one for all prompts or one for each", many=True),
+        Flag("last_image", "last_images", str, "I2V: last frame, likewise", many=True),
+        Flag("size", "size", parse_size, "WIDTH*HEIGHT in pixels, multiples of 16; I2V keeps the image's shape"),
+        Flag("frame_num", "num_frames", int, "frames, 4k+1"),
+        Flag("fps", "fps", int, "frames per second of the mp4"),
+        Flag("num_videos", "videos_per_prompt", int, "videos per prompt, with seeds base_seed, base_seed + 1 ..."),
+        Flag("base_seed", "base_seed", int, "seed of each prompt's first video; -1 draws one"),
+        Flag("noise", "noise", str, "ours (same on every device), diffusers (torch CPU generator) or official"),
+        Flag("clean_prompts", "clean_prompts", parse_bool, "clean prompts as the official code does"),
+        Flag("conditioning", "conditioning", str, "I2V: official, diffusers or videox"),
+    ),
+    "sampler": (
+        Flag("sample_steps", "steps", int, "steps"),
+        Flag("sample_shift", "shift", float, "flow shift"),
+        Flag("sample_solver", "solver", str, "unipc, dpm++ or euler"),
+        Flag("sigma_grid", "grid", str, "official, diffusers or diffsynth"),
+        Flag("sample_guide_scale", "guidance", parse_guidance, "LOW,HIGH, or one scale for both experts"),
+        Flag("boundary", "boundary", float, "sigma at which the experts change"),
+    ),
+    "ranks": (
+        Flag("cfg_size", "cfg", int, "2 runs both guidance branches at the same time"),
+        Flag("ulysses_size", "ulysses", int, "ranks that exchange heads"),
+        Flag("ring_size", "ring", int, "ranks that pass keys and values on"),
+        Flag("tensor_size", "tensor", int, "tensor-parallel ranks"),
+        Flag("dit_fsdp", "dit_fsdp", parse_bool, "shard the DiT's weights over the ranks of a video"),
+        Flag("t5_fsdp", "t5_fsdp", parse_bool, "shard the text encoder likewise"),
+        Flag("vae_parallel", "vae_parallel", parse_bool, "exact VAE over the ranks of a video"),
+        Flag("distributed_timeout_minutes", "timeout_minutes", float, "minutes a collective may wait"),
+    ),
+    "memory and precision": (
+        Flag("device", "device", str, "npu, cuda or cpu"),
+        Flag("dtype", "dtype", str, "bf16, fp32 or fp16"),
+        Flag("vae_dtype", "vae_dtype", str, "bf16 or fp32"),
+        Flag("text_dtype", "text_dtype", str, "precision of UMT5; the DiT's by default"),
+        Flag("memory", "memory", str, "auto, resident, sequential (one expert on the device) or block (stream blocks)"),
+        Flag("offload_model", "offload_model", parse_bool, "true is --memory sequential, false is --memory resident"),
+        Flag("t5_cpu", "t5_cpu", parse_bool, "encode prompts on the CPU"),
+        Flag("vae_tile", "vae_tile_size", _parse_tile, "tile HEIGHT,WIDTH in latent pixels (30,52 as in DiffSynth)"),
+        Flag("vae_tile_stride", "vae_tile_stride", _parse_tile, "tile stride in latent pixels (15,26)"),
+    ),
+    "output": (
+        Flag("save_file", "save_file", Path, "OUT.mp4"),
+        Flag("save_path", "save_path", Path, "folder for video_0.mp4, video_1.mp4 ..."),
+        Flag("save_latents", "save_latents", Path, "OUT.safetensors: normalised latents before the VAE"),
+        Flag("save_frames", "save_frames", parse_bool, "also a folder of PNG frames"),
+        Flag("contact_sheet", "contact_sheet", parse_bool, "also one PNG with twelve frames"),
+        Flag("resume", "resume", parse_bool, "skip videos that an earlier run with the same settings finished"),
+        Flag("crf", "crf", int, "H.264 quality: 0 lossless, 18 default, 51 worst"),
+    ),
+    "MindSpeed-MM's spellings": (
+        Flag("tensor_model_parallel_size", "tensor", int, "the same as --tensor_size"),
+        Flag("context_parallel_size", "context", int, "ranks that share the tokens of a video"),
+        Flag("context_parallel_algo", "context_algo", str, "ulysses_cp_algo, megatron_cp_algo (ring), hybrid_cp_algo"),
+        Flag("ulysses_degree_in_cp", "ulysses_in_cp", int, "Ulysses part of a hybrid context group"),
+        Flag("pipeline_model_parallel_size", "pipeline", int, "1"),
+        Flag("bf16", "bf16", parse_bool, "--dtype bf16"),
+        Flag("fp16", "fp16", parse_bool, "--dtype fp16"),
+        Flag("seed", "base_seed", int, "the same as --base_seed"),
+    ),
+}
+FLAGS: dict[str, Flag] = {flag.name: flag for group in _GROUPS.values() for flag in group}
+
+# Flags that MindSpeed-MM's inference.sh carries because Megatron's parser insists on them, and Wan's own that say
+# what is always so here. The value counts the words they take.
+_INERT: dict[str, int] = {
+    **dict.fromkeys(("lr", "min_lr", "train_iters", "micro_batch_size", "global_batch_size", "num_workers",
+                     "adam_beta1", "adam_beta2", "adam_eps", "lr_decay_style", "weight_decay", "lr_warmup_init",
+                     "lr_warmup_iters", "clip_grad", "attention_mask_type", "distributed_backend", "num_layers",
+                     "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "tokenizer_type",
+                     "vocab_size", "position_embedding_type", "rotary_base", "attention_dropout", "hidden_dropout",
+                     "init_method_std", "log_interval", "save_interval", "eval_interval", "eval_iters", "mm_tool",
+                     "ckpt_format", "normalization", "make_vocab_size_divisible_by",
+                     "virtual_pipeline_model_parallel_size"), 1),
+    **dict.fromkeys(("no_gradient_accumulation_fusion", "no_load_optim", "no_load_rng", "no_save_optim", "no_save_rng",
+                     "finetune", "use_fused_rmsnorm", "use_fused_swiglu", "use_flash_attn", "use_mcore_models",
+                     "untie_embeddings_and_output_weights", "use_distributed_optimizer", "overlap_grad_reduce",
+                     "overlap_param_gather", "swiglu", "no_masked_softmax_fusion", "convert_model_dtype",
+                     "sequence_parallel", "use_cpu_initialization", "bind_cpu"), 0),
+}
+_REFUSED = {
+    "use_prompt_extend": "prompt extension needs a language model; write the long prompt yourself",
+    "use_teacache": "step caches are set with --step_cache once they are built; run without this flag",
+}
+
+
+def help_text() -> str:
+    """Return the text of ``--help``."""
+    lines = ["usage: inference_sora.py --ckpt_dir DIR --prompt TEXT [flags]",
+             "       inference_sora.py --mm-model inference_model.json --load HIGH_EXPERT [flags]"]
+    for title, flags in _GROUPS.items():
+        lines += ["", f"{title}:", *(f"  --{flag.name:<30}{flag.help}" for flag in flags)]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOptions:
+    """Read a command line; ``world_size`` is the launcher's (``WORLD_SIZE``) by default.
+
+    Raises:
+        ConfigError: everything that is wrong with it, in one message.
+    """
+    problems: list[str] = []
+    raw = _read_words(list(argv), problems)
+    raise_problems(problems, fix="inference_sora.py --help lists every flag")
+    values: dict[str, Any] = {}
+    if "mm_model" in raw:
+        from mindspeed_wan.inference.mm_file import read_inference_file
+
+        values.update(read_inference_file(raw.pop("mm_model")))
+    if "save_file" in raw:
+        values.pop("save_path", None)
+    if "prompt_file" in raw:
+        values["prompts"] = (*raw.pop("prompts", ()), *read_lines(raw.pop("prompt_file"), "prompt"))
+    layout = _layout(raw, world_size, problems)
+    _memory(raw, problems)
+    values.update(raw)
+    raise_problems(problems)
+    options = GenerateOptions(**values, layout=layout)
+    options.check()
+    return options
+
+
+def _read_words(words: list[str], problems: list[str]) -> dict[str, Any]:
+    """Turn ``--name value`` and ``--name=value`` into field values."""
+    raw: dict[str, Any] = {}
+    ignored: list[str] = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word!r} is not a flag; put texts with spaces in quotes")
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if equals:
+            words.insert(0, value)
+        if name in _INERT:
+            ignored.append(word)
+            del words[: _INERT[name]]
+        elif name in _REFUSED:
+            problems.append(f"--{name}: {_REFUSED[name]}")
+            del words[: 1 if words and not words[0].startswith("--") else 0]
+        elif name in FLAGS:
+            _read_value(FLAGS[name], words, raw, problems)
+        else:
+            hint = did_you_mean(name, tuple(FLAGS))
+            problems.append(f"unknown flag --{name}" + (f"; {hint}" if hint else ""))
+            while words and not words[0].startswith("--"):
+                words.pop(0)
+    if ignored and os.environ.get("RANK", "0") == "0":
+        print(f"note: no effect when generating: {' '.join(ignored)}", flush=True)
+    return raw
+
+
+def _read_value(flag: Flag, words: list[str], raw: dict[str, Any], problems: list[str]) -> None:
+    taken: list[str] = []
+    while words and not words[0].startswith("--") and (flag.many or not taken):
+        taken.append(words.pop(0))
+    if not taken and flag.kind is parse_bool:
+        taken = ["true"]
+    if not taken:
+        problems.append(f"--{flag.name} needs a value: {flag.help}")
+        return
+    try:
+        parsed = [flag.kind(text) for text in taken]
+    except ConfigError as error:
+        problems.append(f"--{flag.name}: {error}" if flag.kind is parse_bool else str(error))
+        return
+    except ValueError:
+        problems.append(f"--{flag.name} {' '.join(taken)}: not a valid {_kind_name(flag.kind)}")
+        return
+    raw[flag.field] = tuple(parsed) if flag.many else parsed[0]
+
+
+def _kind_name(kind: Callable[[str], Any]) -> str:
+    return {int: "whole number", float: "number"}.get(kind, "HEIGHT,WIDTH")  # type: ignore[call-overload]
+
+
+def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) -> InferenceLayout:
+    world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if raw.pop("pipeline", 1) != 1:
+        problems.append("--pipeline_model_parallel_size above 1 is not supported; use TP, Ulysses or --dit_fsdp")
+    context, algorithm = raw.pop("context", None), raw.pop("context_algo", "ulysses_cp_algo")
+    ulysses_in_context = raw.pop("ulysses_in_cp", None)
+    if context is not None:
+        if "ulysses" in raw or "ring" in raw:
+            problems.append("give --context_parallel_size, or --ulysses_size and --ring_size, not both")
+        degrees = {"ulysses_cp_algo": context, "megatron_cp_algo": 1, "hybrid_cp_algo": ulysses_in_context}
+        ulysses = degrees.get(algorithm)
+        if not ulysses or context % ulysses:
+            problems.append(f"--context_parallel_algo {algorithm} with --ulysses_degree_in_cp {ulysses_in_context} "
+                            f"does not split --context_parallel_size {context}")
+            ulysses = context
+        raw.update(ulysses=ulysses, ring=context // ulysses)
+    names = ("tensor", "ulysses", "ring", "cfg", "dit_fsdp", "t5_fsdp", "vae_parallel")
+    return InferenceLayout(world_size=world, **{name: raw.pop(name) for name in names if name in raw})
+
+
+def _memory(raw: dict[str, Any], problems: list[str]) -> None:
+    """Fold Wan's and Megatron's switches into ``memory``, ``text_device``, ``dtype`` and ``vae_tile``."""
+    offload = raw.pop("offload_model", None)
+    if offload is not None:
+        memory = "sequential" if offload else "resident"
+        if raw.setdefault("memory", memory) not in (memory, "block" if offload else memory):
+            problems.append(f"--offload_model {offload} contradicts --memory {raw['memory']}")
+    if raw.pop("t5_cpu", False):
+        raw["text_device"] = "cpu"
+    for dtype in ("bf16", "fp16"):
+        if raw.pop(dtype, False) and raw.setdefault("dtype", dtype) != dtype:
+            problems.append(f"--{dtype} contradicts --dtype {raw['dtype']}")
+    tile, stride = raw.pop("vae_tile_size", None), raw.pop("vae_tile_stride", None)
+    if tile is not None:
+        stride = stride or tuple(max(1, size // 2) for size in tile)
+        raw["vae_tile"] = (*(8 * size for size in tile), *(8 * size for size in stride))
+    elif stride is not None:
+        problems.append("--vae_tile_stride needs --vae_tile")
