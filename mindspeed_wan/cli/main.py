@@ -1,0 +1,91 @@
+"""`mindspeed-wan`: one command whose sub-commands are imported only when they are called.
+
+A sub-command is a module in this package with ``add_arguments(parser)`` and ``run(args) -> int | None``, and a line in
+``COMMANDS``. ``--help`` imports neither torch nor any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from mindspeed_wan import __version__
+from mindspeed_wan.errors import ConfigError, did_you_mean, run_main
+
+COMMANDS = {
+    "doctor": ("mindspeed_wan.cli.doctor", "what this machine can run, and the fix for what it cannot"),
+    "demo": ("mindspeed_wan.cli.demo", "the main job on a tiny model: convert, pretrain, export, generate"),
+    "config": ("mindspeed_wan.cli.config", "check a run's configuration and print it with every default"),
+    "plan": ("mindspeed_wan.cli.plan", "memory and time of a run before it starts"),
+    "data": ("mindspeed_wan.cli.data", "check annotations and clips, count what a run would use"),
+    "features": ("mindspeed_wan.cli.features", "encode clips and captions once, for training from cached features"),
+    "import": ("mindspeed_wan.cli.import_", "take over another tool's data set or checkpoint"),
+    "lora": ("mindspeed_wan.cli.lora", "inspect, convert and merge LoRA files"),
+    "eval": ("mindspeed_wan.cli.eval", "score generated videos, compare two models"),
+    "report": ("mindspeed_wan.cli.report", "one HTML file about training runs"),
+    "cluster": ("mindspeed_wan.cli.cluster", "job files for Slurm, Volcano, Kubeflow and ModelArts"),
+}
+"""Name -> (module, help). A command whose module is not part of the installation is not offered."""
+
+
+def available_commands() -> dict[str, tuple[str, str]]:
+    """Return the commands whose module exists, without importing it."""
+    return {name: entry for name, entry in COMMANDS.items() if importlib.util.find_spec(entry[0]) is not None}
+
+
+def overview(commands: dict[str, tuple[str, str]]) -> str:
+    """Return the help text of the command itself."""
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in commands.items()]
+    return "\n".join([
+        "usage: mindspeed-wan COMMAND [options]",
+        "",
+        "Train and run Wan2.2 A14B on Ascend NPU, CUDA and CPU.",
+        "",
+        "commands:",
+        *lines,
+        "",
+        "  mindspeed-wan COMMAND --help   the options of a command",
+        "  mindspeed-wan --version        the version",
+        "",
+        "Training and generation start from the launchers under examples/wan2.2, weights convert with mm-convert.",
+    ])  # fmt: skip
+
+
+def dispatch(argv: Sequence[str]) -> int | None:
+    """Run the sub-command named by ``argv[0]`` and return its exit code.
+
+    Raises:
+        ConfigError: no such command (with the nearest name).
+    """
+    commands = available_commands()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(commands), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, *rest = argv
+    if name in ("-V", "--version", "version"):
+        print(f"mindspeed-wan {__version__}")
+        return 0
+    if name not in commands:
+        raise ConfigError(
+            f"'{name}' is not a command",
+            where="mindspeed-wan",
+            fix=f"{did_you_mean(name, tuple(commands))} commands: {', '.join(commands)}".strip(),
+        )
+    module_name, text = commands[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"mindspeed-wan {name}", description=text)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(rest))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_main(lambda: dispatch(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

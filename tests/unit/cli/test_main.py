@@ -1,0 +1,68 @@
+"""The command without its sub-commands: help, version, unknown names, cost of the start."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mindspeed_wan import __version__
+from mindspeed_wan.cli import main
+from mindspeed_wan.errors import ConfigError
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mindspeed_wan.cli.main", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_is_quick_and_names_only_commands_that_exist():
+    fastest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        result = command("--help")
+        fastest = min(fastest, time.perf_counter() - start)
+    assert result.returncode == 0 and "usage: mindspeed-wan" in result.stdout
+    assert fastest < 0.3
+    for name, (module, _) in main.COMMANDS.items():
+        assert (f"\n  {name} " in result.stdout) == (importlib.util.find_spec(module) is not None)
+
+
+def test_help_imports_no_torch_and_no_command():
+    code = (
+        "import sys; from mindspeed_wan.cli import main; main.dispatch(['--help']);"
+        "sys.exit('torch' in sys.modules or 'mindspeed_wan.cli.doctor' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version():
+    assert command("--version").stdout.split() == ["mindspeed-wan", __version__]
+
+
+def test_without_a_command_the_overview_goes_to_stderr_with_exit_code_2():
+    result = command()
+    assert result.returncode == 2 and "usage" in result.stderr and not result.stdout
+
+
+def test_an_unknown_command_gets_the_nearest_name_and_no_traceback():
+    result = command("docter")
+    assert result.returncode == 2
+    assert "did you mean 'doctor'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_command_without_its_module_is_not_offered(monkeypatch):
+    monkeypatch.setitem(main.COMMANDS, "ghost", ("mindspeed_wan.cli.ghost", "does not exist"))
+    assert "ghost" not in main.available_commands()
+    with pytest.raises(ConfigError, match="'ghost' is not a command"):
+        main.dispatch(["ghost"])
+
+
+def test_every_offered_command_describes_its_options(capsys):
+    for name in main.available_commands():
+        with pytest.raises(SystemExit) as stop:
+            main.dispatch([name, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: mindspeed-wan {name}" in capsys.readouterr().out
