@@ -1,4 +1,4 @@
-"""MindSpeed-MM's own files: ``mp_rank_TT/model_optim_rng.pt``, one per tensor-parallel rank, holding ``{"model": ...}``.
+"""MindSpeed-MM's own files: ``mp_rank_TT/model_optim_rng.pt``, one per tensor rank, holding ``{"model": ...}``.
 
 Read as one model whatever the number of shards (the parameter table says on which axis they join); pipeline splits
 are refused with the converter's command, which joins them.

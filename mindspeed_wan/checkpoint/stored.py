@@ -116,15 +116,18 @@ class TensorFiles:
         """Return the file offset of the piece's first element."""
         if piece.zipped is None:
             return piece.offset
-        ref = read_torch_file(piece.path, start=piece.offset, length=piece.zipped, stream=self._stream(piece.path)).root
-        if not isinstance(ref, TensorRef) or not ref.is_contiguous or (ref.code, ref.shape) != (piece.code, piece.shape):
+        stream = self._stream(piece.path)
+        ref = read_torch_file(piece.path, start=piece.offset, length=piece.zipped, stream=stream).root
+        described = (piece.code, piece.shape)
+        if not isinstance(ref, TensorRef) or not ref.is_contiguous or (ref.code, ref.shape) != described:
             raise CheckpointError(f"the chunk at byte {piece.offset} is not the tensor that .metadata describes",
                                   where=str(piece.path), fix="the checkpoint is damaged; use another one")
         return ref.offset
 
     def _stream(self, path: Path) -> IO[bytes]:
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(open(path, "rb", buffering=0))
+            stream = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the stack
+            self._open[path] = self._stack.enter_context(stream)
         return self._open[path]
 
     def _bytes(self, path: Path, offset: int, length: int) -> bytearray:
