@@ -167,7 +167,7 @@ def write_mp4(
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream: Any = container.add_stream(codec, rate=fps)
         stream.height, stream.width = int(frames.shape[1]), int(frames.shape[2])
         stream.pix_fmt = pixel_format
         if codec == "libx264":

@@ -66,7 +66,7 @@ def write_model_folder(
     dtype: str = "float32",
     flow_shift: float = 3.0,
     shard_size: str = "10GB",
-    **sizes: int,
+    **sizes: Any,
 ) -> Path:
     """Write a tiny Wan pipeline folder that diffusers' ``from_pretrained`` loads and runs.
 
@@ -95,17 +95,14 @@ def write_model_folder(
     root, tiny = Path(path), TinySizes(**sizes)
     root.mkdir(parents=True, exist_ok=True)
     vocab = write_tokenizer(root / "tokenizer", vocab_size=tiny.vocab_size)
-    components = _components(task, tiny, vocab, seed, flow_shift)
+    components: dict[str, Any] = _components(task, tiny, vocab, seed, flow_shift)
     with _quiet_libraries():
         for name, component in components.items():
-            if not isinstance(component, torch.nn.Module):
+            if name in ("transformer", "transformer_2", "text_encoder"):
+                _cast(component, getattr(torch, dtype))
+                component.save_pretrained(root / name, max_shard_size=shard_size)
+            else:
                 component.save_pretrained(root / name)
-                continue
-            if name in ("vae", "image_encoder"):
-                component.save_pretrained(root / name)
-                continue
-            _cast(component, getattr(torch, dtype))
-            component.save_pretrained(root / name, max_shard_size=shard_size)
     _write_index(root, task, components)
     return root
 
@@ -202,14 +199,14 @@ def _text_encoder(tiny: TinySizes, vocab: int) -> Any:
 def _vae(tiny: TinySizes) -> Any:
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(base_dim=tiny.vae_base_dim, z_dim=16, num_res_blocks=tiny.vae_res_blocks).eval()
+    return AutoencoderKLWan(base_dim=tiny.vae_base_dim, z_dim=16, num_res_blocks=tiny.vae_res_blocks)
 
 
 def _transformer(config: WanConfig) -> Any:
     from diffusers import WanTransformer3DModel
 
     fields = {key: value for key, value in config.to_diffusers().items() if not key.startswith("_")}
-    return WanTransformer3DModel(**{**fields, "patch_size": tuple(fields["patch_size"])}).eval()
+    return WanTransformer3DModel(**{**fields, "patch_size": tuple(fields["patch_size"])})
 
 
 def _scheduler(flow_shift: float) -> Any:
@@ -239,11 +236,11 @@ def _image_encoder(tiny: TinySizes) -> Any:
 
 
 def _image_processor() -> Any:
-    try:  # transformers 5 without torchvision: the plain name works too, with a warning on stdout
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
-    except ImportError:
-        from transformers import CLIPImageProcessor as Processor
-    return Processor()
+    import transformers
+
+    # transformers 5 without torchvision answers the plain name too, with a warning.
+    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    return getattr(transformers, name)()
 
 
 def _write_index(root: Path, task: FolderTask, components: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_wan.demo.model_folder import FolderTask, write_model_folder
 from mindspeed_wan.models.original_names import (
@@ -35,7 +35,7 @@ def write_original_folder(
     seed: int = 0,
     dtype: str = "float32",
     num_shards: int = 2,
-    **sizes: int,
+    **sizes: Any,
 ) -> Path:
     """Write a tiny folder in Wan-AI's layout.
 

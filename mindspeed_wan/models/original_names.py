@@ -130,12 +130,7 @@ def vae_structure(shapes: dict[str, tuple[int, ...]], *, where: str) -> dict[str
     first, latent = shapes.get("encoder.conv1.weight"), shapes.get("conv2.weight")
     if first is None or latent is None:
         raise CheckpointError(f"not a Wan VAE: no encoder.conv1.weight among {len(shapes)} tensors", where=where)
-    if latent[0] != 16:
-        raise CheckpointError(
-            f"this VAE has {latent[0]} latent channels; the A14B models use the 16-channel Wan2.1 VAE",
-            where=where,
-            fix=f"use {VAE_FILE} (or the vae/ folder of Wan2.2-T2V-A14B-Diffusers), not the 48-channel Wan2.2_VAE.pth",
-        )
+    check_latent_channels(latent[0], where=where)
     numbers = sorted({int(name.split(".")[2]) for name in shapes if name.startswith("encoder.downsamples.")})
     resamples = [n for n in numbers if f"encoder.downsamples.{n}.resample.1.weight" in shapes]
     widths = [shapes[f"encoder.downsamples.{n}.resample.1.weight"][0] for n in resamples]
@@ -147,6 +142,20 @@ def vae_structure(shapes: dict[str, tuple[int, ...]], *, where: str) -> dict[str
         "dim_mult": [width // first[0] for width in (*widths, last)],
         "temperal_downsample": [f"encoder.downsamples.{n}.time_conv.weight" in shapes for n in resamples],
     }
+
+
+def check_latent_channels(channels: int, *, where: str) -> None:
+    """Refuse every VAE but the 16-channel one.
+
+    Raises:
+        CheckpointError: names the VAE that the A14B models need.
+    """
+    if channels != 16:
+        raise CheckpointError(
+            f"this VAE has {channels} latent channels; the A14B models use the 16-channel Wan2.1 VAE",
+            where=where,
+            fix=f"use {VAE_FILE} (or the vae/ folder of Wan2.2-T2V-A14B-Diffusers), not the VAE of TI2V-5B",
+        )
 
 
 def umt5_structure(shapes: dict[str, tuple[int, ...]], *, where: str) -> dict[str, int]:
