@@ -61,7 +61,8 @@ def run_ranks(
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_rank_main, daemon=True,
-                                      args=(function, rank, world_size, args, store, sender, init, timeout))
+                                      args=(function, rank, world_size, args, sender),
+                                      kwargs={"store": store, "init": init, "timeout": timeout})
             process.start()
             sender.close()
             processes.append(process)
@@ -103,8 +104,8 @@ def _collect(
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], store: str, sender: Any,
-    init: bool, timeout: float
+    function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], sender: Any,
+    *, store: str, init: bool, timeout: float,
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
                       LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1", MINDSPEED_WAN_DEVICE="cpu")
