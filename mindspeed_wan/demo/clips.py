@@ -195,12 +195,12 @@ def _scene(rng: np.random.Generator, size: tuple[int, int], num_frames: int) -> 
     for index in range(num_frames):
         progress = index / max(1, num_frames - 1) - 0.5
         centre = start * [width, height] + progress * travel * direction
-        frames[index] = _draw(size, shape, centre, radius, (colour, backdrop))
+        frames[index] = draw_frame(size, shape, centre, radius, (colour, backdrop))
     article = "an" if colour[0] in "aeiou" else "a"
     return f"{article} {colour} {shape} moves {motion} over a {backdrop} background", frames
 
 
-def _draw(
+def draw_frame(
     size: tuple[int, int], shape: str, centre: np.ndarray, radius: float, colours: tuple[str, str]
 ) -> np.ndarray:
     """Return one frame [H, W, 3] uint8: the shape with a soft edge on a backdrop that darkens downwards."""
