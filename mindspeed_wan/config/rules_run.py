@@ -1,0 +1,208 @@
+"""Rules about how the run is done: ranks, batch, optimizer, checkpoints. Each rule returns its mistakes."""
+
+from __future__ import annotations
+
+from mindspeed_wan.config.rule import RuleRow, divisors, listed, mistake
+from mindspeed_wan.config.schema import RunConfig
+from mindspeed_wan.errors import ConfigError
+
+
+def pipeline_is_refused(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Pipeline stages are not available; virtual ones need real ones."""
+    parallel = config.parallel
+    if parallel.pipeline > 1:
+        beside = " (and FSDP2 does not combine with a pipeline)" if parallel.use_torch_fsdp2 else ""
+        message = f"--pipeline-model-parallel-size {parallel.pipeline} is not available yet{beside}"
+        return mistake(message, "use 1, and save memory with --use-torch-fsdp2 and --context-parallel-size")
+    if parallel.virtual_pipeline:
+        message = f"--virtual-pipeline-model-parallel-size {parallel.virtual_pipeline} without pipeline stages"
+        return mistake(message, "leave it out")
+    return []
+
+
+def heads_divide(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Attention heads are shared by tensor and Ulysses ranks."""
+    heads, parallel = config.model.wan.num_heads, config.parallel
+    if heads % (parallel.tensor * parallel.ulysses) == 0:
+        return []
+    message = f"{heads} heads cannot be shared by {parallel.tensor} tensor x {parallel.ulysses} Ulysses ranks"
+    return mistake(message, f"make tensor x Ulysses one of: {listed(divisors(heads))}")
+
+
+def tensor_divides_widths(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Tensor ranks share the hidden and feed-forward channels."""
+    wan, tensor, found = config.model.wan, config.parallel.tensor, []
+    for name, size in (("hidden_size", wan.dim), ("ffn_dim", wan.ffn_dim)):
+        if size % tensor:
+            message = f"{name} {size} is not divisible by {tensor} tensor ranks"
+            found += mistake(message, "change --tensor-model-parallel-size")
+    return found
+
+
+def context_algorithm(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """ulysses-degree-in-cp belongs to the hybrid algorithm and divides the context degree."""
+    parallel = config.parallel
+    degree = parallel.ulysses_degree_in_cp
+    if parallel.context_parallel_algo != "hybrid_cp_algo":
+        if degree is None or degree == parallel.ulysses:
+            return []
+        message = f"--ulysses-degree-in-cp {degree} is not read with {parallel.context_parallel_algo}"
+        return mistake(message, "leave it out, or use hybrid_cp_algo")
+    legal = listed(divisors(parallel.context))
+    if degree is None:
+        return mistake("hybrid_cp_algo needs --ulysses-degree-in-cp", f"add it with one of: {legal}")
+    if parallel.context % degree:
+        message = f"--ulysses-degree-in-cp {degree} does not divide --context-parallel-size {parallel.context}"
+        return mistake(message, f"use one of: {legal}")
+    return []
+
+
+def sequence_parallel_needs_tensor(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Sequence parallelism works inside the tensor group."""
+    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+        fix = "leave --sequence-parallel out, or raise --tensor-model-parallel-size"
+        return mistake("--sequence-parallel needs --tensor-model-parallel-size above 1", fix)
+    return []
+
+
+def ranks_factor(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """The ranks of the job are a multiple of tensor x context x pipeline."""
+    parallel = config.parallel
+    if ranks is None or ranks % parallel.model_parallel == 0:
+        return []
+    message = (
+        f"{ranks} ranks cannot be split into groups of {parallel.model_parallel} "
+        f"(tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline})"
+    )
+    fix = f"start a multiple of {parallel.model_parallel} ranks, or make the product one of: {listed(divisors(ranks))}"
+    return mistake(message, fix)
+
+
+def batch_divides(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """The global batch is a whole number of micro-batches on every data-parallel rank."""
+    training, parallel = config.training, config.parallel
+    if ranks is None or ranks % parallel.model_parallel or training.global_batch_size is None:
+        return []
+    size, micro, data = training.global_batch_size, training.micro_batch_size, parallel.data(ranks)
+    step = micro * data
+    if size % step == 0:
+        return []
+    message = f"--global-batch-size {size} is not a multiple of {step} (--micro-batch-size {micro} x {data} data ranks)"
+    return mistake(message, f"use {max(step, round(size / step) * step)}")
+
+
+def shards_divide(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """FSDP2's sharding_size divides data x context."""
+    size, parallel = config.fsdp2.sharding_size, config.parallel
+    if not parallel.use_torch_fsdp2 or not isinstance(size, int) or ranks is None or ranks % parallel.model_parallel:
+        return []
+    group = parallel.data(ranks) * parallel.context
+    if group % size == 0:
+        return []
+    message = f"sharding_size {size} does not divide the {group} ranks of data x context"
+    return mistake(message, f"use auto or one of: {listed(divisors(group))}", key="fsdp2:sharding_size")
+
+
+def schedule_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Warm-up ends before the decay does; rates and lengths make sense together."""
+    optimizer, found = config.optimizer, []
+    length = optimizer.decay_iters if optimizer.decay_iters is not None else config.training.train_iters
+    if optimizer.warmup_iters >= length and optimizer.warmup_iters > 0:
+        message = f"a warm-up of {optimizer.warmup_iters:g} iterations does not end before the decay of {length:g}"
+        found += mistake(message, "lower --lr-warmup-iters or raise --lr-decay-iters")
+    if optimizer.min_lr > optimizer.lr:
+        message = f"--min-lr {optimizer.min_lr:g} is above --lr {optimizer.lr:g}"
+        found += mistake(message, "lower --min-lr or raise --lr")
+    if optimizer.warmup_init > optimizer.lr:
+        message = f"--lr-warmup-init {optimizer.warmup_init:g} is above --lr {optimizer.lr:g}"
+        found += mistake(message, "lower --lr-warmup-init")
+    if optimizer.decay_style == "WSD" and not 0 < (optimizer.wsd_decay_iters or 0) <= length:
+        message = "--lr-decay-style WSD does not say how long the final decay is"
+        found += mistake(message, f"add --lr-wsd-decay-iters between 1 and {length:g}")
+    return found
+
+
+def weight_decay_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """A scheduled weight decay has a start, an end and a shape."""
+    optimizer = config.optimizer
+    start, end, style = optimizer.start_weight_decay, optimizer.end_weight_decay, optimizer.weight_decay_incr_style
+    if style == "constant":
+        if start == end:  # both None, or the same number
+            return []
+        message = "--start-weight-decay and --end-weight-decay differ under a constant style"
+        return mistake(message, "add --weight-decay-incr-style linear or cosine, or use --weight-decay alone")
+    if start is None or end is None:
+        message = f"--weight-decay-incr-style {style} needs a start and an end"
+        return mistake(message, "add --start-weight-decay and --end-weight-decay")
+    if end < start:
+        return mistake(f"--end-weight-decay {end:g} is below --start-weight-decay {start:g}", "swap them")
+    return []
+
+
+def recompute_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Recomputed groups are not larger than the model."""
+    recompute, blocks = config.training.recompute, config.model.wan.num_layers
+    if recompute.granularity == "none" or recompute.num_layers <= blocks:
+        return []
+    message = f"--recompute-num-layers {recompute.num_layers} is more than the model's {blocks} blocks"
+    return mistake(message, f"use at most {blocks}")
+
+
+def saves_have_a_place(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """A save interval needs a folder; background saves need the sharded format."""
+    checkpoint, found = config.checkpoint, []
+    if checkpoint.save_interval and not checkpoint.save:
+        message = f"--save-interval {checkpoint.save_interval} without --save"
+        found += mistake(message, "add --save, or leave --save-interval out")
+    if checkpoint.async_save and checkpoint.ckpt_format != "torch_dcp":
+        found += mistake("--async-save writes torch_dcp only", "use --ckpt-format torch_dcp")
+    return found
+
+
+def exits_can_save(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Stopping early without a place to save would lose the work."""
+    training = config.training
+    if (training.exit_interval or training.exit_duration_minutes) and not config.checkpoint.save:
+        message = "the run is to stop early, and --save is not given: its work would be lost"
+        return mistake(message, "add --save, or leave the exit flags out")
+    return []
+
+
+def start_is_said(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Weights come from somewhere, or random ones are asked for."""
+    checkpoint = config.checkpoint
+    if not (checkpoint.load or checkpoint.load_base_model or checkpoint.from_scratch):
+        return mistake("no weights to start from", "add --load DIR, or --from-scratch to start from random weights")
+    if checkpoint.load_base_model and checkpoint.from_scratch:
+        return mistake("--load-base-model and --from-scratch contradict each other", "keep one of them")
+    if checkpoint.ckpt_step is not None and not checkpoint.load:
+        return mistake("--ckpt-step without --load", "add --load, or leave --ckpt-step out")
+    return []
+
+
+def base_model_needs_lora(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """--load-base-model belongs to LoRA runs."""
+    if config.checkpoint.load_base_model and config.lora is None:
+        fix = "use --load for full training, or add --lora-r and --lora-target-modules"
+        return mistake("--load-base-model without LoRA", fix)
+    return []
+
+
+RULES: tuple[RuleRow, ...] = (
+    (pipeline_is_refused, frozenset({"parallel"})),
+    (heads_divide, frozenset({"parallel", "model"})),
+    (tensor_divides_widths, frozenset({"parallel", "model"})),
+    (context_algorithm, frozenset({"parallel"})),
+    (sequence_parallel_needs_tensor, frozenset({"parallel"})),
+    (ranks_factor, frozenset({"parallel"})),
+    (batch_divides, frozenset({"parallel", "training"})),
+    (shards_divide, frozenset({"parallel", "fsdp2"})),
+    (schedule_fits, frozenset({"optimizer", "training"})),
+    (weight_decay_fits, frozenset({"optimizer"})),
+    (recompute_fits, frozenset({"training", "model"})),
+    (saves_have_a_place, frozenset({"checkpoint"})),
+    (exits_can_save, frozenset({"checkpoint", "training"})),
+    (start_is_said, frozenset({"checkpoint"})),
+    (base_model_needs_lora, frozenset({"checkpoint", "lora"})),
+)
+"""Every rule of this file, with the sections it reads."""
