@@ -6,6 +6,8 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from mindspeed_wan.platforms import rank
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,6 +48,7 @@ class Platform(ABC):
         """Prepare this process: choose its device and kernels. Idempotent; the same object is returned."""
         if not self.active:
             self._activate()
+            rank.answer_stack_requests()
             self.active = True
         return self
 
