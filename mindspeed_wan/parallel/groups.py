@@ -140,13 +140,13 @@ def build_groups(dims: ParallelDims, platform: Platform, *, timeout_minutes: flo
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tensor,
         context_parallel_size=dims.context,
-        num_distributed_optimizer_instances=dims.replicas,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    ulysses, ring = _context_subgroups(dims, parallel_state, timedelta(minutes=timeout_minutes))
-    shard = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)
-    mesh = _mesh(dims, platform.device_type, parallel_state)
+    timeout = timedelta(minutes=timeout_minutes)
+    ulysses, ring = _context_subgroups(dims, parallel_state, timeout)
+    replicate, shard = _data_subgroups(dims, parallel_state, timeout)
+    mesh = _mesh(dims, platform.device_type, [parallel_state.get_tensor_model_parallel_group(), replicate, shard])
     fsdp_mesh = mesh[(REPLICATE, SHARD)] if dims.replicas > 1 else mesh[SHARD]
     return ParallelGroups(
         dims=dims,
@@ -167,16 +167,13 @@ def _or_none(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group if group_size(group) > 1 else None
 
 
-def _mesh(dims: ParallelDims, device_type: str, parallel_state: Any) -> DeviceMesh:
-    """View Megatron's own groups as a mesh: no communicator is created."""
-    names, sizes = [SHARD], [dims.shard_size]
-    groups = [parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)]
-    if dims.replicas > 1:
-        names, sizes = [REPLICATE, *names], [dims.replicas, *sizes]
-        groups = [parallel_state.get_inter_distributed_optimizer_instance_group(), *groups]
-    ranks = torch.arange(dims.world_size).view(*sizes, dims.tensor).movedim(-1, 0).contiguous()
-    groups = [parallel_state.get_tensor_model_parallel_group(), *groups]
-    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=(TENSOR, *names))
+def _mesh(dims: ParallelDims, device_type: str, groups: list[dist.ProcessGroup | None]) -> DeviceMesh:
+    """View existing groups (tensor, replicate, shard) as a mesh: no communicator is created."""
+    ranks = torch.arange(dims.world_size).view(dims.replicas, dims.shard_size, dims.tensor).movedim(-1, 0)
+    names = (TENSOR, REPLICATE, SHARD)
+    if dims.replicas == 1:
+        groups, names, ranks = [groups[0], groups[2]], (TENSOR, SHARD), ranks[:, 0]  # type: ignore[assignment]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks.contiguous(), mesh_dim_names=names)  # type: ignore[arg-type]
 
 
 def _context_subgroups(
@@ -188,15 +185,32 @@ def _context_subgroups(
         return context, None
     if dims.ulysses_size == 1:
         return None, context
-    mine: dict[str, dist.ProcessGroup] = {}
-    # ranks[data, ring, ulysses, tensor]; every rank must create every group, in the same order
     ranks = torch.arange(dims.world_size).view(dims.data, dims.ring, dims.ulysses_size, dims.tensor)
-    for name, axis in (("ulysses", 2), ("ring", 1)):
-        for members in ranks.movedim(axis, -1).flatten(0, -2).tolist():
-            group = dist.new_group(members, timeout=timeout)
-            if dist.get_rank() in members:
-                mine[name] = group
-    return mine["ulysses"], mine["ring"]
+    return _new_groups(ranks.movedim(2, -1), timeout), _new_groups(ranks.movedim(1, -1), timeout)
+
+
+def _data_subgroups(
+    dims: ParallelDims, parallel_state: Any, timeout: timedelta
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup]:
+    """Return (replicate, shard) of data x context; neighbours share one copy of the parameters.
+
+    Megatron makes these too (as optimizer instances), but then wants einops, which it does not declare.
+    """
+    if dims.replicas == 1:
+        return None, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    ranks = torch.arange(dims.world_size).view(dims.replicas, dims.shard_size, dims.tensor)
+    return _new_groups(ranks.movedim(0, -1), timeout), _new_groups(ranks.movedim(1, -1), timeout)
+
+
+def _new_groups(ranks: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
+    """Create a group for every row of ``ranks [..., members]`` and return this rank's; all ranks do so in one order."""
+    mine = None
+    for members in ranks.flatten(0, -2).tolist():
+        group = dist.new_group(members, timeout=timeout)
+        if dist.get_rank() in members:
+            mine = group
+    assert mine is not None
+    return mine
 
 
 def one_rank_mesh(platform: Platform) -> DeviceMesh:

@@ -7,7 +7,7 @@ need no gradient (a frozen embedding under LoRA) do not switch it off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,32 +18,35 @@ from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.parallel.patterns import select_modules
 
 
-def apply_recompute(
-    model: nn.Module,
-    every_k: int = 1,
-    *,
-    blocks: Sequence[nn.Module] | None = None,
-    patterns: Iterable[str] | None = None,
-    first: int | None = None,
-) -> list[nn.Module]:
-    """Recompute some blocks of ``model`` and return them.
+@dataclass(frozen=True, kw_only=True)
+class RecomputePlan:
+    """Which blocks are recomputed.
 
     Args:
-        every_k: of the candidates, recompute number 0, k, 2k ...; 1 is all of them.
-        blocks: the candidates; default ``model.blocks``.
-        patterns: candidates by name instead (``recompute_modules`` of an FSDP2 file).
-        first: only the first so many candidates (Megatron's ``--recompute-method block``).
+        every_k: of the candidates, number 0, k, 2k ...; 1 is all of them.
+        first: only the first so many candidates (Megatron's ``--recompute-method block``); ``None`` is all.
+        patterns: candidates by name (``recompute_modules`` of an FSDP2 file); empty means ``model.blocks``.
 
     Raises:
-        ConfigError: ``every_k`` is below 1 or a pattern matches nothing.
+        ConfigError: ``every_k`` is below 1.
     """
-    if every_k < 1:
-        raise ConfigError(f"recompute every {every_k} blocks", fix="use 1 for all blocks, 2 for every other one ...")
-    if patterns is not None:
-        candidates = select_modules(model, patterns, where="recompute_modules")
+
+    every_k: int = 1
+    first: int | None = None
+    patterns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.every_k < 1:
+            raise ConfigError(f"recompute every {self.every_k} blocks", fix="use 1 for all, 2 for every other one ...")
+
+
+def apply_recompute(model: nn.Module, plan: RecomputePlan) -> list[nn.Module]:
+    """Recompute the blocks ``plan`` names and return them; ``ConfigError`` if a pattern matches nothing."""
+    if plan.patterns:
+        candidates = select_modules(model, plan.patterns, where="recompute_modules")
     else:
-        candidates = list(blocks if blocks is not None else model.blocks)  # type: ignore[arg-type]
-    chosen = candidates[:first][::every_k]
+        candidates = list(model.blocks)  # type: ignore[arg-type]
+    chosen = candidates[: plan.first][:: plan.every_k]
     for block in chosen:
         recompute(block)
     return chosen

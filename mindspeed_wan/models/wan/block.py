@@ -66,7 +66,7 @@ class WanBlock(nn.Module):
         h = ops.modulated_layer_norm(x, scale1, shift1, self.eps, out_dtype=compute_dtype)
         x = _add_gated(x, self.self_attn(h, cos, sin, length), gate1)
         h = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.eps, out_dtype=compute_dtype)
-        context = text if isinstance(text, TextKV) else self.project_text(text, image)
+        context = text if isinstance(text, TextKV) else self.cross_attn.project(text, image)
         x = x + self.cross_attn(h, context)
         h = ops.modulated_layer_norm(x, scale2, shift2, self.eps, out_dtype=compute_dtype)
         return _add_gated(x, self.ffn(self.layers.enter(h)), gate2)

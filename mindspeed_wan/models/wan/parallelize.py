@@ -1,0 +1,36 @@
+"""Everything that is done to a built DiT before it gets memory, in one visible order."""
+
+from __future__ import annotations
+
+import torch
+
+from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.parallel.fsdp2 import Fsdp2Config, apply_fsdp2
+from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.parallel.recompute import RecomputePlan, apply_recompute
+from mindspeed_wan.platforms.base import Platform
+
+
+def parallelize(
+    model: WanDiT,
+    *,
+    groups: ParallelGroups,
+    platform: Platform,
+    recompute: RecomputePlan | None = None,
+    compile_blocks: bool = False,
+    fsdp2: Fsdp2Config | None = None,
+) -> WanDiT:
+    """Compile, recompute and shard ``model`` in place and return it.
+
+    Tensor and context parallelism are already inside it (its layers and its attention). Each step wraps the one
+    before: FSDP2 gathers a block's parameters, the block then runs its compiled forward, in the backward pass a
+    second time.
+    """
+    if compile_blocks:
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    if recompute is not None:
+        apply_recompute(model, recompute)
+    if fsdp2 is not None:
+        apply_fsdp2(model, fsdp2, groups, platform)
+    return model

@@ -1,0 +1,222 @@
+"""From a configuration to a DiT on ranks with weights in it. No rank ever holds the whole expert.
+
+The model is built on the meta device (shapes only), cut by tensor parallelism and FSDP2, and only then given memory;
+weights are read, or drawn, one local shard at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mindspeed_wan.errors import CheckpointError, nearest
+from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.models.wan.layers import Layers, LocalLayers, MegatronLayers
+from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.models.wan.parallelize import parallelize
+from mindspeed_wan.models.wan.views import global_views, local_slices
+from mindspeed_wan.parallel.attention import make_attention
+from mindspeed_wan.parallel.fsdp2 import Fsdp2Config
+from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.parallel.recompute import RecomputePlan
+from mindspeed_wan.parallel.tokens import TokenSharding
+from mindspeed_wan.platforms.base import Platform
+
+DRAW_ELEMENTS = 1 << 20
+"""Random weights are drawn in runs of whole rows of about this many elements, each from a generator of its own."""
+
+
+def build_wan(
+    config: WanConfig,
+    *,
+    groups: ParallelGroups | None = None,
+    platform: Platform,
+    param_dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype | None = None,
+    fsdp2: Fsdp2Config | None = None,
+    recompute: RecomputePlan | None = None,
+    compile_blocks: bool = False,
+    modify: Callable[[WanDiT], None] | None = None,
+    device: torch.device | None = None,
+) -> WanDiT:
+    """Build a DiT on this rank; its parameters are allocated but *not* initialised: load or draw weights next.
+
+    Args:
+        groups: the layout; ``None`` is one rank.
+        param_dtype: dtype of the stored parameters (fp32 masters under FSDP2's mixed precision, bf16 for inference).
+        residual_dtype: see ``WanDiT``.
+        fsdp2: shard with FSDP2 as this file section says; its ``recompute_modules`` apply when ``recompute`` is None.
+        modify: called with the model on the meta device before it is sharded (LoRA adds its adapters here).
+        device: where parameters live; default the platform's device (the host with FSDP2's CPU offload).
+
+    Raises:
+        ConfigError: sizes of the model and of the layout do not fit.
+    """
+    groups = groups or ParallelGroups()
+    groups.dims.validate(num_heads=config.num_heads, ffn_dim=config.ffn_dim)
+    sequence_group = groups.tp if groups.dims.sequence_parallel else None
+    with torch.device("meta"):
+        model = WanDiT(
+            config,
+            layers=_layers(config, groups, param_dtype),
+            tokens=TokenSharding(groups.cp, sequence_group),
+            attend=make_attention(groups),
+            residual_dtype=residual_dtype,
+        ).to(param_dtype)
+        if modify is not None:
+            modify(model)
+    if recompute is None and fsdp2 is not None and getattr(fsdp2, "recompute_modules", ()):
+        recompute = RecomputePlan(patterns=tuple(fsdp2.recompute_modules))  # type: ignore[attr-defined]
+    parallelize(
+        model, groups=groups, platform=platform, recompute=recompute, compile_blocks=compile_blocks, fsdp2=fsdp2
+    )
+    if device is None:
+        on_host = fsdp2 is not None and fsdp2.offload_to_cpu
+        device = torch.device("cpu") if on_host else platform.device()
+    return model.to_empty(device=device)
+
+
+def _layers(config: WanConfig, groups: ParallelGroups, param_dtype: torch.dtype) -> Layers:
+    if groups.tp is None:
+        return LocalLayers()
+    return MegatronLayers(
+        config, groups.tp, sequence_parallel=groups.dims.sequence_parallel, param_dtype=param_dtype
+    )
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a folder of safetensors, a state dict, a checkpoint. Names are the model's (``mm``)."""
+
+    def names(self) -> Iterable[str]:
+        """Return every parameter name in the source."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the global shape of a parameter."""
+        ...
+
+    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """Return ``tensor[index]`` of a parameter; only these bytes should be read."""
+        ...
+
+
+class StateDictSource:
+    """Weights that are already in memory."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    def names(self) -> Iterable[str]:
+        """Return the keys."""
+        return self.weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the tensor's shape."""
+        return tuple(self.weights[name].shape)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """Return a view."""
+        return self.weights[name][index]
+
+
+@torch.no_grad()
+def load_weights(model: WanDiT, source: WeightSource, groups: ParallelGroups | None = None) -> None:
+    """Fill ``model`` from ``source``; every rank reads only its own slices. Values are cast to the model's dtype.
+
+    Raises:
+        CheckpointError: a parameter is missing, unknown, or of another shape; up to ten names are listed.
+    """
+    views = global_views(model, groups)
+    check_names(views, source.names())
+    for name, view in views.items():
+        if tuple(view.shape) != tuple(source.shape(name)):
+            raise CheckpointError(
+                f"{name} has shape {tuple(source.shape(name))} in the weights but {tuple(view.shape)} in the model",
+                fix="check that the weights belong to this task and size (in_channels 16 is T2V, 36 is I2V)",
+            )
+        local, index = local_slices(view)
+        if local.numel():
+            local.copy_(source.read(name, index))
+
+
+def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raise ``CheckpointError`` unless both hold the same names; lists up to ten, each with the nearest known one."""
+    wanted, present = set(expected), set(found)
+    missing, unknown = sorted(wanted - present), sorted(present - wanted)
+    if not missing and not unknown:
+        return
+    parts = []
+    for what, names, others in (("missing", missing, present), ("unknown", unknown, wanted)):
+        if names:
+            shown = [f"{name}{_hint(name, others)}" for name in names[:10]]
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            parts.append(f"{len(names)} {what}: {', '.join(shown)}{more}")
+    raise CheckpointError(
+        f"weights do not fit the model; {'; '.join(parts)}",
+        fix="check the format (convert with mm-convert), the task, and the number of layers",
+    )
+
+
+def _hint(name: str, others: set[str]) -> str:
+    # difflib is quadratic: compare with names of the same length class only
+    close = nearest(name, [o for o in others if abs(len(o) - len(name)) <= 8][:2000], limit=1)
+    return f" (near {close[0]})" if close else ""
+
+
+@torch.no_grad()
+def init_weights(model: WanDiT, seed: int, groups: ParallelGroups | None = None) -> None:
+    """Draw the official initial weights. They depend on (seed, name) only, never on the layout.
+
+    As in Wan's ``init_weights``: linears Xavier-uniform, text and time embedding normal(0.02), modulation
+    normal(1/sqrt(D)), norms 1, biases 0, output projection 0 (an untrained model predicts zero).
+    """
+    for name, view in global_views(model, groups).items():
+        local, index = local_slices(view)
+        if local.numel():
+            _init_shard(local, name, tuple(view.shape), index, seed)
+
+
+def _init_shard(local: Tensor, name: str, shape: tuple[int, ...], index: tuple[slice, ...], seed: int) -> None:
+    draw = _distribution(name, shape)
+    if isinstance(draw, float):
+        local.fill_(draw)
+        return
+    rows, row_elements = index[0], math.prod(shape[1:])
+    step = max(1, DRAW_ELEMENTS // row_elements)
+    for first in range(rows.start // step * step, rows.stop, step):
+        count = min(step, shape[0] - first)
+        run = draw((count, *shape[1:]), _generator(seed, name, first))
+        low, high = max(rows.start, first), min(rows.stop, first + count)
+        local[low - rows.start : high - rows.start].copy_(run[(slice(low - first, high - first), *index[1:])])
+
+
+def _generator(seed: int, name: str, row: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{row}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> float | Draw:
+    """Return a constant, or a function that draws a run of rows."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("bias", "emb_pos") or name.startswith("head.head."):
+        return 0.0
+    if len(shape) == 1:
+        return 1.0  # norm weights
+    if leaf == "modulation":
+        return _normal(shape[-1] ** -0.5)
+    if name.startswith(("text_embedding.", "time_embedding.")):
+        return _normal(0.02)
+    bound = math.sqrt(6.0 / (shape[0] + math.prod(shape[1:])))
+    return lambda size, generator: torch.rand(size, generator=generator).mul_(2 * bound).sub_(bound)
+
+
+def _normal(std: float) -> Draw:
+    return lambda size, generator: torch.randn(size, generator=generator).mul_(std)
