@@ -1,0 +1,76 @@
+"""Where the scale of an adapter file hides: scalar tensors, PEFT's JSON, kohya's and our own metadata, or nowhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindspeed_wan.errors import CheckpointError
+
+PEFT_KEY = "lora_adapter_metadata"
+"""Where diffusers keeps PEFT's LoraConfig inside a safetensors file."""
+OWN_KEY = "mindspeed_wan_lora"
+"""Where this package keeps what a format has no place for: effective alphas, and whether they are folded into B."""
+PEFT_CONFIG_FILE = "adapter_config.json"
+
+
+def load_json(text: str, what: str, where: str) -> dict[str, Any]:
+    """Parse a JSON object from metadata or a file, or raise a CheckpointError that says which."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{what} is not JSON ({error})", where=where) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} is not a JSON object", where=where)
+    return value
+
+
+def peft_settings(metadata: Mapping[str, str], file: Path | None, where: str) -> dict[str, Any] | None:
+    """Return PEFT's LoraConfig of an adapter file, from its metadata or the JSON beside it, without prefixes."""
+    if PEFT_KEY in metadata:
+        values = load_json(metadata[PEFT_KEY], f"metadata {PEFT_KEY}", where)
+        prefixes = [key.partition(".")[0] for key in values if key.startswith(("transformer.", "transformer_2."))]
+        return {key[len(prefixes[0]) + 1 :] if prefixes else key: value for key, value in values.items()}
+    beside = file.parent / PEFT_CONFIG_FILE if file is not None else None
+    if beside is not None and beside.is_file():
+        return load_json(beside.read_text(encoding="utf-8"), PEFT_CONFIG_FILE, str(beside))
+    return None
+
+
+def peft_alpha(settings: Mapping[str, Any], name: str, rank: int, where: str) -> float:
+    """Return the effective alpha of the module that PEFT calls ``name``."""
+    try:
+        alpha = float(_pattern(settings.get("alpha_pattern") or {}, name, settings.get("lora_alpha", rank)))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"PEFT metadata: alpha is not a number ({error})", where=where) from None
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if pattern == name or re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
+
+
+def kohya_alpha(metadata: Mapping[str, str]) -> float | None:
+    """Return kohya's network alpha from metadata, for files whose ``.alpha`` tensors a conversion dropped."""
+    try:
+        return float(metadata["ss_network_alpha"])
+    except (KeyError, ValueError):
+        return None
+
+
+def own_alphas(alphas: Mapping[str, float], *, folded_from: str | None) -> str:
+    """Return our metadata: the most common alpha once, exceptions by MM module name.
+
+    ``folded_from`` is the dtype of the adapter before its scale was multiplied into B, which may have needed fp32.
+    """
+    values = list(alphas.values())
+    common = max(set(values), key=values.count)
+    others = {name: alpha for name, alpha in alphas.items() if alpha != common}
+    return json.dumps({"alpha": common, "alpha_of": others, "folded_from": folded_from}, sort_keys=True)

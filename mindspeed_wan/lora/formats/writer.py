@@ -1,0 +1,170 @@
+"""Writes a :class:`LoraFile` in any format. Alpha is always written, in the place where that format's loaders look."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_wan.errors import CheckpointError, ConfigError, did_you_mean
+from mindspeed_wan.lora.formats import alpha as alphas
+from mindspeed_wan.lora.formats.file import Adapter, LoraFile
+from mindspeed_wan.lora.formats.grammar import FORMATS, Format
+from mindspeed_wan.lora.names import NameTable
+from mindspeed_wan.models.wan.config import WanConfig
+
+_REWRITTEN = (alphas.PEFT_KEY, alphas.OWN_KEY, "ss_network_alpha", "ss_network_dim", "format")
+
+
+def write_lora(
+    lora: LoraFile,
+    path: str | Path,
+    config: WanConfig,
+    format_name: str = "diffusers",
+    *,
+    metadata: Mapping[str, str] | None = None,
+    drop_diffs: bool = False,
+) -> Path:
+    """Write ``lora`` to ``path`` (a file; for ``peft`` a folder) and return the safetensors file's path.
+
+    Args:
+        format_name: a key of ``FORMATS``.
+        metadata: strings added to the file's own.
+        drop_diffs: leave out differences that the format has no words for instead of refusing.
+    """
+    from safetensors.torch import save_file
+
+    tensors, strings = to_tensors(lora, config, format_name, drop_diffs=drop_diffs)
+    strings.update(metadata or {})
+    path = Path(path)
+    if format_name == "peft":
+        path.mkdir(parents=True, exist_ok=True)
+        _write_atomic(path / alphas.PEFT_CONFIG_FILE, json.dumps(_peft_config(lora, config), indent=2, sort_keys=True))
+        path = path / "adapter_model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(staging), strings)
+    os.replace(staging, path)
+    return path
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging.write_text(text + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def to_tensors(
+    lora: LoraFile, config: WanConfig, format_name: str, *, drop_diffs: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and metadata of ``lora`` in a format, ready for a safetensors file."""
+    spelling = _format(format_name)
+    if lora.diffs and not spelling.diffs and not drop_diffs:
+        raise CheckpointError(
+            f"{len(lora.diffs)} differences (first {next(iter(lora.diffs))}) cannot be written as {format_name}: "
+            "its loaders do not know them",
+            fix="use kohya, comfy or lightx2v, or --drop-diffs to lose them",
+        )
+    names = NameTable(config)
+    tensors: dict[str, Tensor] = {}
+    for mm, adapter in lora.adapters.items():
+        stem = _stem(mm, spelling, names)
+        down, up = _folded(adapter) if spelling.alpha == "folded" else (adapter.down, adapter.up)
+        tensors[stem + spelling.down] = down
+        tensors[stem + spelling.up] = up
+        if spelling.alpha == "tensor":
+            tensors[stem + ".alpha"] = _alpha_tensor(adapter)
+    if spelling.diffs:
+        tensors.update(_diff_tensors(lora, spelling, names))
+    return tensors, _metadata(lora, config, spelling)
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ConfigError(f"adapter format {name!r} is not known. {did_you_mean(name, list(FORMATS))}",
+                          fix=f"use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _stem(mm: str, spelling: Format, names: NameTable) -> str:
+    name = names.name_in(mm, spelling.layout)
+    return spelling.prefix + (name.replace(".", "_") if spelling.squash else name)
+
+
+def _folded(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """Return (A, scale * B) in the first dtype, the file's or fp32, from which the reader gets B back bit for bit."""
+    folded = adapter.up * adapter.scale
+    if not torch.equal(folded / adapter.scale, adapter.up):
+        return adapter.down.float(), adapter.up.float() * adapter.scale
+    return adapter.down, folded
+
+
+def _alpha_tensor(adapter: Adapter) -> Tensor:
+    """Alpha in the file's dtype when it survives the rounding, as its producers write it, else in fp32."""
+    value = torch.tensor(adapter.alpha, dtype=torch.float64)
+    exact = next((d for d in (adapter.up.dtype, torch.float32) if value.to(d).double() == value), torch.float64)
+    return value.to(exact)
+
+
+def _diff_tensors(lora: LoraFile, spelling: Format, names: NameTable) -> dict[str, Tensor]:
+    endings = {"weight": ".diff", "bias": ".diff_b", "modulation": ".diff_m"}
+    tensors = {}
+    for name, diff in lora.diffs.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in endings:
+            tensors[_stem(module, spelling, names) + endings[leaf]] = diff
+        else:
+            tensors[_stem(name, spelling, names) + ".diff"] = diff
+    return tensors
+
+
+def _metadata(lora: LoraFile, config: WanConfig, spelling: Format) -> dict[str, str]:
+    kept = {key: value for key, value in lora.metadata.items() if key not in _REWRITTEN}
+    kept["format"] = "pt"
+    if not lora.adapters:
+        return kept
+    effective = {name: adapter.alpha for name, adapter in lora.adapters.items()}
+    if spelling.alpha == "peft":
+        prefix = spelling.prefix if spelling.prefix == "transformer." else ""
+        values = {prefix + key: value for key, value in _peft_config(lora, config).items()}
+        kept[alphas.PEFT_KEY] = json.dumps(values, indent=2, sort_keys=True)
+    elif spelling.alpha == "tensor":
+        if spelling.squash:
+            kept["ss_network_module"] = "networks.lora_wan"
+            kept["ss_network_dim"] = str(max(lora.ranks))
+            kept["ss_network_alpha"] = repr(max(effective.values()))
+    else:
+        kept[alphas.OWN_KEY] = _own_metadata(lora, effective, spelling)
+    return kept
+
+
+def _own_metadata(lora: LoraFile, effective: Mapping[str, float], spelling: Format) -> str:
+    dtype = str(next(iter(lora.adapters.values())).up.dtype).removeprefix("torch.")
+    return alphas.own_alphas(effective, folded_from=dtype if spelling.alpha == "folded" else None)
+
+
+def _peft_config(lora: LoraFile, config: WanConfig) -> dict[str, Any]:
+    """Return a LoraConfig as JSON values: every module by its full Diffusers name, exceptions as patterns."""
+    names = NameTable(config)
+    hf = {mm: names.name_in(mm, "hf") for mm in lora.adapters}
+    rank = max(lora.ranks)
+    values = [adapter.alpha for adapter in lora.adapters.values()]
+    alpha = max(set(values), key=values.count)
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == math.floor(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "target_modules": sorted(hf.values()),
+        "rank_pattern": {hf[mm]: a.rank for mm, a in lora.adapters.items() if a.rank != rank},
+        "alpha_pattern": {hf[mm]: a.alpha for mm, a in lora.adapters.items() if a.alpha != alpha},
+    }
+
