@@ -1,0 +1,220 @@
+"""The experts of a model on this rank, and who is on the device when.
+
+``Experts.use(name)`` returns a DiT that is ready to run. How it got ready is the memory mode's business:
+
+- ``resident``: every expert has its own model on the device.
+- ``sequential``: one model on the device; page-locked copies of the experts on the host are copied into it at the
+  switch. The low expert's files are read in the background while the high expert's first video runs.
+- ``block``: models on the host; a block's weights come to the device just before it runs (``block_stream``).
+
+Each rank reads only its own slices of the files, in every mode.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mindspeed_wan.checkpoint.sources import check_names_and_shapes, open_weights
+from mindspeed_wan.checkpoint.stored import local_box
+from mindspeed_wan.checkpoint.weights import checked, read_weights
+from mindspeed_wan.errors import ConfigError, ResourceError
+from mindspeed_wan.inference.runtime import Runtime
+from mindspeed_wan.inference.sources import ModelFolder
+from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.models.wan.provider import build_wan
+from mindspeed_wan.models.wan.views import global_views
+
+
+@dataclass(frozen=True)
+class InferenceFsdp2:
+    """FSDP2 for a model that only runs forward: one unit per block, the next one gathered ahead."""
+
+    sub_modules_to_wrap: tuple[str, ...] = ("blocks.{*}",)
+    ignored_modules: tuple[str, ...] = ()
+    reshard_after_forward: bool = True
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    num_to_forward_prefetch: int = 1
+    num_to_backward_prefetch: int = 0
+    offload_to_cpu: bool = False
+    pin_memory: bool = True
+
+
+class Experts(Protocol):
+    """Gives the DiT of an expert, ready to run on the device."""
+
+    def use(self, name: str) -> WanDiT:
+        """Return the expert's model; the one returned before may no longer be valid."""
+
+    def loaded(self) -> None:
+        """Wait for reading that goes on in the background."""
+
+
+Modify = Callable[[WanDiT, str], None]
+"""Changes the weights of a loaded model in place (merging adapters); called with the expert's name."""
+
+
+def open_experts(
+    folder: ModelFolder, runtime: Runtime, *, dtype: torch.dtype, memory: str, compile_blocks: bool = False,
+    modify: Modify | None = None,
+) -> Experts:
+    """Load the experts of ``folder`` in a memory mode (``resident``, ``sequential`` or ``block``). Collective.
+
+    Args:
+        dtype: of the weights; the residual stream is fp32 as in the official model.
+        compile_blocks: ``torch.compile`` each block.
+        modify: see ``Modify``.
+
+    Raises:
+        CheckpointError: on every rank of the replica, when weights do not fit.
+        ConfigError: block mode with FSDP2, which shards the blocks already.
+    """
+    if memory == "block" and runtime.layout.dit_fsdp:
+        raise ConfigError("--memory block and --dit_fsdp both move blocks around", fix="choose one of them")
+    for found in folder.experts.values():
+        runtime.agree(lambda found=found: checked(found))  # type: ignore[misc]
+
+    def build(device: torch.device) -> WanDiT:
+        model = build_wan(
+            folder.config, groups=runtime.groups, platform=runtime.platform, param_dtype=dtype,
+            residual_dtype=torch.float32, fsdp2=InferenceFsdp2() if runtime.layout.dit_fsdp else None,
+            compile_blocks=compile_blocks, device=device,
+        )
+        return model.requires_grad_(False).eval()
+
+    def load(name: str, model: WanDiT) -> WanDiT:
+        runtime.agree(lambda: read_weights(folder.experts[name], global_views(model, runtime.groups), folder.config))
+        if modify is not None:
+            modify(model, name)
+        return model
+
+    names = tuple(folder.experts)
+    if memory == "block":
+        from mindspeed_wan.inference.block_stream import StreamedExperts
+
+        return StreamedExperts({name: load(name, build(torch.device("cpu"))) for name in names}, runtime)
+    if memory == "sequential" and len(names) > 1:
+        return SwappedExperts(folder, build(runtime.device), runtime, load=load, ahead=modify is None)
+    return ResidentExperts({name: load(name, build(runtime.device)) for name in names})
+
+
+class ResidentExperts:
+    """Every expert has a model on the device."""
+
+    def __init__(self, models: dict[str, WanDiT]) -> None:
+        self.models = models
+
+    def use(self, name: str) -> WanDiT:
+        """Return the expert's model."""
+        return self.models[name]
+
+    def loaded(self) -> None:
+        """Nothing is read in the background."""
+
+
+class SwappedExperts:
+    """One model on the device, whose parameters take the values of the expert in use.
+
+    The parameters' storage never moves, so nothing is reallocated and FSDP2's shards work the same way.
+
+    Args:
+        slot: the model on the device, without weights yet.
+        load: reads (and modifies) an expert's weights in a model.
+        ahead: read the later experts in the background, straight to the host; else one by one through the slot.
+    """
+
+    def __init__(
+        self, folder: ModelFolder, slot: WanDiT, runtime: Runtime, *, load: Callable[[str, WanDiT], WanDiT],
+        ahead: bool,
+    ) -> None:
+        self._folder, self._slot, self._runtime = folder, slot, runtime
+        self._hosts: dict[str, dict[str, torch.Tensor]] = {}
+        first, *rest = folder.experts
+        self._reader: _Background | None = _Background(lambda: [self._read(name) for name in rest] if ahead else None)
+        for name in (first,) if ahead else (*rest, first):
+            load(name, slot)
+            self._hosts[name] = {
+                key: page_locked(local(parameter).detach().to("cpu", copy=True), runtime)
+                for key, parameter in slot.named_parameters()
+            }
+        self._active = first
+
+    def use(self, name: str) -> WanDiT:
+        """Return the model with the expert's weights in it."""
+        if name != self._active:
+            self.loaded()
+            with torch.no_grad():
+                for key, parameter in self._slot.named_parameters():
+                    local(parameter).copy_(self._hosts[name][key], non_blocking=True)
+            self._active = name
+        return self._slot
+
+    def loaded(self) -> None:
+        """Wait until every expert is on the host; raises what reading raised."""
+        if self._reader is not None:
+            self._runtime.agree(self._reader.result)
+            self._reader = None
+
+    def _read(self, name: str) -> None:
+        """Read this rank's slices of an expert to the host, cut as the slot's parameters are."""
+        views = global_views(self._slot, self._runtime.groups)
+        host: dict[str, torch.Tensor] = {}
+        with open_weights(self._folder.experts[name], self._folder.config) as files:
+            check_names_and_shapes(files, {key: tuple(view.shape) for key, view in views.items()}, self._folder.config)
+            for key, view in views.items():
+                box, shard = local_box(view), local(view)
+                value = torch.empty(shard.shape, dtype=shard.dtype)
+                if box is not None:
+                    value.copy_(files.read(key, box))
+                host[key] = page_locked(value, self._runtime)
+        self._hosts[name] = host
+
+
+class _Background:
+    """A function in a thread; ``result`` waits for it and raises what it raised."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            function()
+        except BaseException as failure:  # handed to the thread that asks for the result
+            self._failure = failure
+
+    def result(self) -> None:
+        """Wait for the end."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+def local(parameter: nn.Parameter | torch.Tensor) -> torch.Tensor:
+    """Return this rank's storage of a parameter (FSDP2 makes it a DTensor)."""
+    from torch.distributed.tensor import DTensor
+
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def page_locked(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """Return the tensor in page-locked memory, from which copies to the device run at full speed and asynchronously.
+
+    Raises:
+        ResourceError: the host has no memory left for it.
+    """
+    if runtime.platform.device_type == "cpu":
+        return tensor
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        raise ResourceError(f"the host cannot hold a page-locked copy of an expert: {error}",
+                            fix="use --memory resident with more ranks, or --dit_fsdp") from None

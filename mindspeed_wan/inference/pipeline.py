@@ -1,0 +1,252 @@
+"""``WanGenerator``: weights in, videos out; the one path behind the command line and the Python API.
+
+    generator = WanGenerator.from_pretrained("Wan2.2-T2V-A14B-Diffusers", dtype="bf16")
+    result = generator("a fox in the snow", size=(480, 832), num_frames=81, seed=3)
+    result.save("fox.mp4")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mindspeed_wan.diffusion.schedule import SigmaSchedule, sigmas
+from mindspeed_wan.diffusion.solvers import make_solver
+from mindspeed_wan.inference import memory, video_io
+from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
+from mindspeed_wan.inference.experts import Experts, Modify, open_experts
+from mindspeed_wan.inference.options import GenerateOptions, VideoJob
+from mindspeed_wan.inference.prompts import PromptEncoder
+from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
+from mindspeed_wan.inference.sources import ModelFolder, recognise
+from mindspeed_wan.inference.vae_parallel import ParallelVAE
+from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape
+from mindspeed_wan.platforms import get_platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedVideo:
+    """What one call made.
+
+    Attributes:
+        latents: [16, f, h, w] normalised, fp32, on the CPU.
+        video: [3, F, H, W] in [-1, 1], fp32, on the CPU; ``None`` on ranks that do not lead their replica, or when
+            decoding was not asked for.
+        seconds: by stage (``text``, ``load``, ``high``, ``low``, ``decode`` ...).
+        steps: seconds of each step by expert.
+        settings: everything that decides the content.
+    """
+
+    latents: Tensor
+    video: Tensor | None
+    fps: int
+    seconds: dict[str, float]
+    steps: dict[str, list[float]]
+    settings: dict[str, Any]
+
+    def save(self, path: str | Path, *, crf: int = 18) -> None:
+        """Write an mp4; does nothing on ranks without the video."""
+        if self.video is not None:
+            video_io.write_mp4(Path(path), video_io.to_frames(self.video), fps=self.fps, crf=crf)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage, the device synchronised at both ends."""
+
+    runtime: Runtime
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to stage ``name``."""
+        started = time.perf_counter()
+        yield
+        self.runtime.platform.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class WanGenerator:
+    """A model on this process's device (and, under torchrun, on its replica's), ready to generate.
+
+    Heavy parts load when they are first needed: the text encoder before the experts, so that they need not share the
+    device, and the VAE last.
+    """
+
+    def __init__(self, folder: ModelFolder, options: GenerateOptions, runtime: Runtime) -> None:
+        self.folder, self.options, self.runtime = folder, options, runtime
+        self.prompts = PromptEncoder(
+            folder, runtime, dtype=options.text_dtype or options.dtype, device=options.text_device,
+            max_length=options.max_text_length, clean=options.clean_prompts,
+        )
+        self.modify: Modify | None = None
+        self.plan: memory.MemoryPlan | None = None
+        self._experts: Experts | None = None
+        self._vae: WanVAE | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None = None, **options: Any) -> WanGenerator:
+        """Recognise the weights at ``path`` and join the job, if there is one.
+
+        Args:
+            path: any folder that ``--ckpt_dir`` takes; ``None`` with ``high_noise_ckpt`` and ``low_noise_ckpt``.
+            **options: fields of ``GenerateOptions``: ``dtype``, ``device``, ``memory``, ``layout``, ``steps`` ...
+                They are the defaults of every call.
+
+        Raises:
+            WanError: as the command line does.
+        """
+        asked = GenerateOptions(**{"prompts": ("-",), **options, "ckpt_dir": Path(path) if path else None})
+        return cls.from_options(asked)
+
+    @classmethod
+    def from_options(cls, options: GenerateOptions) -> WanGenerator:
+        """Recognise the weights that ``options`` name, check everything, and join the job."""
+        folder = recognise(options)
+        options = with_folder_defaults(options, folder)
+        options.check(num_heads=folder.config.num_heads)
+        platform = get_platform(options.device)
+        return cls(folder, options, start(platform, options.layout, options.timeout_minutes))
+
+    def __call__(
+        self, prompt: str, *, seed: int | None = None, image: str | None = None, last_image: str | None = None,
+        decode: bool = True, on_progress: OnProgress | None = None, **changes: Any,
+    ) -> GeneratedVideo:
+        """Generate one video.
+
+        Args:
+            prompt: what to show.
+            seed: names the noise; ``base_seed`` by default.
+            image, last_image: paths of the first and last frame (I2V).
+            decode: ``False`` stops at the latents.
+            on_progress: called after each step with (steps done, expert, seconds).
+            **changes: other fields of ``GenerateOptions`` for this call (``size``, ``num_frames``, ``steps``,
+                ``guidance``, ``negative_prompt`` ...).
+
+        Returns:
+            The video; on a job of several ranks every rank of the replica calls with the same arguments.
+        """
+        options = replace(self.options, **changes, prompts=(prompt,), images=(image,) if image else (),
+                          last_images=(last_image,) if last_image else ())
+        if seed is not None:
+            options = replace(options, base_seed=seed)
+        options.check(num_heads=self.folder.config.num_heads)
+        return self.generate(options.jobs()[0], options, decode=decode, on_progress=on_progress)
+
+    def generate(
+        self, job: VideoJob, options: GenerateOptions | None = None, *, decode: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> GeneratedVideo:
+        """Generate the video of ``job``. Collective over the replica."""
+        options = options or self.options
+        watch = Stopwatch(self.runtime)
+        height, width = options.size
+        assert options.num_frames is not None and options.fps is not None and options.guidance is not None
+        latent = latent_shape(options.num_frames, height, width)
+        with watch.stage("text"):
+            prompt, negative = self.prompts.encode([job.prompt, options.negative_prompt])
+        with watch.stage("load"):
+            experts = self.experts(latent)
+        low, high = options.guidance
+        denoiser = Denoiser(
+            experts, self.runtime, self.schedule(options), make_solver(options.solver),
+            scales={"high": high, "low": low}, boundary=options.boundary,
+        )
+        noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
+        latents, times = denoiser.run(noise, Conditions(prompt=prompt, negative=negative), on_progress)
+        video = None
+        if decode:
+            with watch.stage("decode"):
+                video = self._decode(latents)
+        return GeneratedVideo(
+            latents=latents[0].cpu(), video=video, fps=options.fps, seconds=_all_seconds(watch, times),
+            steps=times.seconds, settings=options.settings(job, self.folder.identity),
+        )
+
+    @staticmethod
+    def schedule(options: GenerateOptions) -> SigmaSchedule:
+        """Return the noise levels of these options."""
+        assert options.steps is not None and options.shift is not None
+        return sigmas(options.steps, options.shift, options.grid, options.solver)  # type: ignore[arg-type]
+
+    def experts(self, latent: tuple[int, int, int]) -> Experts:
+        """Return the experts, loading them on first use in the memory mode that fits videos of ``latent`` size."""
+        if self._experts is None:
+            self.plan = self._plan(latent)
+            dtype = DTYPES[self.options.dtype]
+            self._experts = open_experts(
+                self.folder, self.runtime, dtype=dtype, memory=self.plan.mode, modify=self.modify
+            )
+        return self._experts
+
+    def vae(self) -> WanVAE:
+        """Return the VAE, loading it on first use (on every rank that takes part in decoding)."""
+        if self._vae is None:
+            tile = Tiling(*self.options.vae_tile) if self.options.vae_tile else None
+            self._vae = WanVAE.from_pretrained(
+                self.folder.vae, DTYPES[self.options.vae_dtype], self.runtime.device, tiling=tile
+            )
+            if self.runtime.layout.vae_parallel and self.runtime.replica_group is not None:
+                self._vae.runner = ParallelVAE(self._vae.model, self.runtime.replica_group)
+        return self._vae
+
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        """Return [3, F, H, W] on the leader's host; the other ranks help when the VAE is parallel."""
+        parallel = self.runtime.layout.vae_parallel and self.runtime.replica_group is not None
+        if parallel:
+            video = self.runtime.agree(self.vae).decode(latents)
+        elif self.runtime.leads:
+            video = self.vae().decode(latents)
+        return video[0].cpu() if self.runtime.leads else None
+
+    def _plan(self, latent: tuple[int, int, int]) -> memory.MemoryPlan:
+        layout, config = self.runtime.layout, self.folder.config
+        element = DTYPES[self.options.dtype].itemsize
+        sharded = layout.cfg * layout.context if layout.dit_fsdp else 1
+        expert = memory.expert_bytes(config, element=element, tensor=layout.tensor, shard=sharded)
+        working = memory.working_bytes(
+            config, latent, element=element, context=layout.context, tensor=layout.tensor
+        )
+        if layout.dit_fsdp:
+            working += 2 * expert * sharded / config.num_layers  # the block in use and the one gathered ahead
+        # All ranks must choose the same mode: the one with the least free memory decides.
+        free = _smallest(float(self.runtime.platform.free_memory_bytes()), self.runtime)
+        return memory.choose(
+            self.options.memory, experts=len(self.folder.experts), expert=expert, working=working, free=free,
+            block_share=2 / config.num_layers + 0.05, host=self.runtime.platform.device_type == "cpu",
+            fsdp=layout.dit_fsdp,
+        )
+
+
+def with_folder_defaults(options: GenerateOptions, folder: ModelFolder) -> GenerateOptions:
+    """Fill in what the options leave open, from the weights' folder first and the task's official values then."""
+    if options.boundary is None and folder.boundary is not None:
+        options = replace(options, boundary=folder.boundary)
+    return options.resolve(folder.task)
+
+
+def describe(options: GenerateOptions) -> dict[str, Any]:
+    """Return the options JSON-ready, for the sidecar."""
+    return {key: value for key, value in asdict(options).items() if key not in ("prompts", "layout", "predictor")}
+
+
+def _all_seconds(watch: Stopwatch, times: StepTimes) -> dict[str, float]:
+    return {**watch.seconds, **{expert: sum(seconds) for expert, seconds in times.seconds.items()}}
+
+
+def _smallest(value: float, runtime: Runtime) -> float:
+    if runtime.replica_group is None:
+        return value
+    import torch.distributed as dist
+
+    values: list[float] = [0.0] * runtime.layout.replica_size
+    dist.all_gather_object(values, value, group=runtime.replica_group)
+    return min(values)
+
+
