@@ -14,9 +14,11 @@ It is written to a staging folder, hashed by the ranks that wrote it, renamed, a
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,61 +99,86 @@ def state_views(views: Mapping[str, Tensor], optimizer: OptimizerState, *, with_
     return state
 
 
-def save(root: str | Path, state: Mapping[str, Tensor], progress: Progress, card: Mapping[str, Any], *,
-         keep_last: int | None = None) -> Path:
+@dataclass(frozen=True)
+class Record:
+    """What is written beside the tensors: ``training.json``, ``wan.json``; and how many iterations to keep."""
+
+    progress: Progress
+    card: Mapping[str, Any]
+    keep_last: int | None = None
+
+
+def save(root: str | Path, state: Mapping[str, Tensor], record: Record) -> Path:
     """Write ``root/iter_%07d`` and move the tracker to it. Collective; returns the folder.
 
     Args:
         root: the save folder (``--save``).
         state: key -> global view, from :func:`state_views`.
-        progress: written as ``training.json``.
-        card: written as ``wan.json``.
-        keep_last: remove older iterations so that this many stay; ``None`` keeps all.
+        record: progress, model card and retention.
 
     Raises:
         ResourceError: on every rank, when the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final = Path(root) / f"iter_{progress.iteration:07d}"
-    staging = first_decides(lambda: _open_staging(final))
+    final = final_folder(root, record)
+    staging = first_decides(lambda: open_staging(final))
     all_or_none(lambda: _write_shards(staging, state))
-    records = _gather(all_or_none(lambda: _hash_own_files(staging)))
-    first_decides(lambda: _commit(staging, final, records, progress, card, keep_last))
+    records = gather_records(all_or_none(lambda: hash_own_files(staging)))
+    first_decides(lambda: commit(staging, final, records, record))
     return final
 
 
-def _open_staging(final: Path) -> Path:
+def final_folder(root: str | Path, record: Record) -> Path:
+    """Return the folder that ``record`` is saved in."""
+    return Path(root) / f"iter_{record.progress.iteration:07d}"
+
+
+def open_staging(final: Path) -> Path:
+    """Create the staging folder of ``final`` and drop those of interrupted saves. Rank 0."""
     manifest.remove_stale_staging(final.parent)
     return manifest.staging_folder(final)
+
+
+def writer(staging: Path) -> Any:
+    """Return torch's DCP writer: one file per rank; ``commit_folder`` flushes all of them at once."""
+    import torch.distributed.checkpoint as dcp
+
+    return dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=False, overwrite=True)
 
 
 def _write_shards(staging: Path, state: Mapping[str, Tensor]) -> None:
     """Write this rank's part with torch's own DCP writer."""
     import torch.distributed.checkpoint as dcp
+
+    with write_errors(staging):
+        dcp.save(dict(state), storage_writer=writer(staging), no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def write_errors(staging: Path) -> Iterator[None]:
+    """Turn what torch's writer raises (a collection of per-rank failures) into the one error that matters."""
     from torch.distributed.checkpoint.api import CheckpointException
 
-    # One file per rank; commit_folder flushes all of them at once, so the writer need not flush each.
-    writer = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=False, overwrite=True)
     try:
-        dcp.save(dict(state), storage_writer=writer, no_dist=not dist.is_initialized())
+        yield
     except CheckpointException as error:
-        raise _writer_error(error, staging) from None
+        raise _first_failure(error, staging) from None
     except OSError as error:
         raise manifest.disk_error(error, staging) from None
 
 
-def _writer_error(error: Any, staging: Path) -> WanError:
-    """Turn DCP's collection of per-rank failures into the one that matters."""
+def _first_failure(error: Any, staging: Path) -> WanError:
     failures = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
     for failure in failures:
         if isinstance(failure, OSError):
             return manifest.disk_error(failure, staging)
     text = str(failures[0]) if failures else str(error)
     if "No space" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
-        return manifest.disk_error(OSError(28, f"No space left on device ({text.splitlines()[0]})"), staging)
+        return manifest.disk_error(OSError(errno.ENOSPC, f"No space left on device ({text.splitlines()[0]})"), staging)
     return CheckpointError(f"could not be written: {text.splitlines()[0]}", where=str(staging))
 
 
-def _hash_own_files(staging: Path) -> dict[str, manifest.FileRecord]:
+def hash_own_files(staging: Path) -> dict[str, manifest.FileRecord]:
+    """Hash the files that this rank wrote."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         return {path.name: manifest.hash_file(path) for path in sorted(staging.glob(f"__{rank}_*.distcp"))}
@@ -159,7 +186,8 @@ def _hash_own_files(staging: Path) -> dict[str, manifest.FileRecord]:
         raise manifest.disk_error(error, staging) from None
 
 
-def _gather(records: dict[str, manifest.FileRecord]) -> dict[str, manifest.FileRecord]:
+def gather_records(records: dict[str, manifest.FileRecord]) -> dict[str, manifest.FileRecord]:
+    """Return the records of all ranks. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return records
     parts: list[dict[str, manifest.FileRecord] | None] = [None] * dist.get_world_size()
@@ -167,15 +195,15 @@ def _gather(records: dict[str, manifest.FileRecord]) -> dict[str, manifest.FileR
     return {name: record for part in parts if part for name, record in part.items()}
 
 
-def _commit(staging: Path, final: Path, records: Mapping[str, manifest.FileRecord], progress: Progress,
-            card: Mapping[str, Any], keep_last: int | None) -> None:
-    manifest.write_text_atomic(staging / MODEL_CARD, json.dumps(card, indent=2) + "\n")
-    manifest.write_text_atomic(staging / PROGRESS_FILE, json.dumps(asdict(progress), indent=2) + "\n")
-    manifest.write_manifest(staging, {"iteration": progress.iteration}, known=records)
+def commit(staging: Path, final: Path, records: Mapping[str, manifest.FileRecord], record: Record) -> None:
+    """Seal the staging folder, put it in place, move the tracker, remove what is too old. Rank 0."""
+    manifest.write_text_atomic(staging / MODEL_CARD, json.dumps(record.card, indent=2) + "\n")
+    manifest.write_text_atomic(staging / PROGRESS_FILE, json.dumps(asdict(record.progress), indent=2) + "\n")
+    manifest.write_manifest(staging, {"iteration": record.progress.iteration}, known=records)
     manifest.commit_folder(staging, final)
-    manifest.write_tracker(final.parent, progress.iteration)
-    if keep_last is not None:
-        remove_old(final.parent, keep_last)
+    manifest.write_tracker(final.parent, record.progress.iteration)
+    if record.keep_last is not None:
+        remove_old(final.parent, record.keep_last)
 
 
 def remove_old(root: Path, keep_last: int) -> list[Path]:

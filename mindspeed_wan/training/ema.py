@@ -26,6 +26,13 @@ class Ema:
         self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Take ``weights`` as the average (after weights alone were loaded)."""
+        self.updates = 0
+        for name, average in self.averages.items():
+            average.copy_(weights[name])
+
+    @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Move the average towards ``weights``."""
         self.updates += 1

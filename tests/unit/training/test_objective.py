@@ -26,7 +26,7 @@ def test_a_sample_has_the_same_noise_in_every_batch() -> None:
 def test_sigmas_lie_in_the_range_and_the_timestep_is_a_thousandfold() -> None:
     objective = Objective(HIGH, seed=1)
     sigma = objective.sigmas([(i, 0) for i in range(2000)])
-    assert 0.875 <= sigma.min() and sigma.max() <= 1.0
+    assert sigma.min() >= 0.875 and sigma.max() <= 1.0
     # density s / (s - (s-1) sigma)^2 over the range: the median of u lies midway between u(0.875) and u(1)
     u_low = 0.875 / (5 - 4 * 0.875)
     median_u = (u_low + 1) / 2

@@ -1,0 +1,130 @@
+"""Where a run starts: its own last save, another training checkpoint, weights alone, or random numbers.
+
+Order of precedence: a checkpoint under ``--save`` (the run was stopped or killed and is started again by the same
+command), a training checkpoint under ``--load``, weights under ``--load``, ``--from-scratch``. ``--finetune`` takes
+only weights and starts at iteration 0, as in Megatron.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mindspeed_wan.checkpoint import dcp
+from mindspeed_wan.checkpoint.dcp import Progress
+from mindspeed_wan.checkpoint.sources import Found, find
+from mindspeed_wan.checkpoint.weights import checked, load_model_weights
+from mindspeed_wan.config.schema import RunConfig
+from mindspeed_wan.errors import CheckpointError
+from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.models.wan.provider import init_weights
+from mindspeed_wan.models.wan.views import global_views
+from mindspeed_wan.parallel.agreement import first_decides, is_first
+from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.training.ema import Ema
+from mindspeed_wan.training.optimizer import AdamW
+
+CARD_VERSION = 1
+
+
+def model_card(config: RunConfig, wan: WanConfig) -> dict[str, Any]:
+    """Return the ``wan.json`` of this run's checkpoints."""
+    diffusion = config.diffusion
+    return {"version": CARD_VERSION, "task": wan.task, "expert": diffusion.expert, "boundary": diffusion.boundary,
+            "shift": diffusion.shift, "config": wan.to_dict()}
+
+
+def training_checkpoint(config: RunConfig) -> Found | None:
+    """Return the training checkpoint this run goes on from, verified, or ``None``. Rank 0."""
+    section = config.checkpoint
+    if section.finetune:
+        return None
+    if section.save is not None and section.ckpt_step is None and Path(section.save).is_dir():
+        found = dcp.newest(section.save, strict=section.strict_resume, full_hash=section.verify, warn=_warn)
+        if found is not None:
+            return found
+    if section.load is None or not Path(section.load).is_dir():
+        return None
+    load = Path(section.load)
+    if (load / dcp.PROGRESS_FILE).is_file():  # one iter_* folder instead of the root
+        return checked(find(load), full_hash=section.verify)
+    return dcp.newest(load, step=section.ckpt_step, strict=section.strict_resume, full_hash=section.verify, warn=_warn)
+
+
+def restore(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer: AdamW, ema: Ema | None) -> Progress:
+    """Fill the model, the optimizer and the average, and return how far the run is. Collective.
+
+    Args:
+        config: the resolved configuration.
+        model: materialised; its values are undefined.
+        groups: its layout.
+        optimizer: over its parameters.
+        ema: the average, filled as well.
+    """
+    section, wan = config.checkpoint, model.config
+    views = global_views(model, groups)
+    found = first_decides(lambda: training_checkpoint(config))
+    if found is None:
+        _load_weights(config, model, groups)
+        optimizer.parameters_to_masters()
+        if ema is not None:
+            ema.restart(optimizer.masters())
+        return Progress(seed=config.training.seed)
+    check_card(found, config, wan, resuming=True)
+    progress = dcp.load(found, views, optimizer, with_moments=not section.no_load_optim,
+                        ema=None if ema is None else ema.averages, expert=config.diffusion.expert)
+    if ema is not None:
+        ema.updates = progress.ema_updates
+    if is_first():
+        print(f" resumed from {found.path} (iteration {progress.iteration}, "
+              f"{progress.consumed_samples} samples consumed)", flush=True)
+        if progress.seed != config.training.seed:
+            _warn(f"warning: the run was started with --seed {progress.seed}, now {config.training.seed}: "
+                  "data order and noise change here")
+    progress.seed = config.training.seed
+    return progress
+
+
+def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups) -> None:
+    section, wan = config.checkpoint, model.config
+    if section.load is None:
+        if not section.from_scratch:
+            raise CheckpointError("no weights to start from", where="--load",
+                                  fix="set --load, or pass --from-scratch for random initialisation")
+        init_weights(model, config.training.seed, groups)
+        return
+    found = first_decides(lambda: find(str(section.load), step=section.ckpt_step))
+    check_card(found, config, wan, resuming=False)
+    if found.iteration is not None and not section.finetune:
+        raise CheckpointError(
+            f"is iteration {found.iteration} of a run of another program; its optimizer state cannot be continued here",
+            where=str(found.path), fix="pass --finetune to take its weights and start at iteration 0",
+        )
+    report = load_model_weights(section.load, global_views(model, groups), wan, expert=config.diffusion.expert,
+                                step=section.ckpt_step, full_hash=section.verify)
+    if is_first():
+        print(f" loaded {report.found.kind} weights from {report.found.path} "
+              f"({report.bytes_read / 2**20:.1f} MiB on this rank, {report.seconds:.1f} s)", flush=True)
+
+
+def check_card(found: Found, config: RunConfig, wan: WanConfig, *, resuming: bool) -> None:
+    """Compare what the checkpoint says it is with what is to be trained.
+
+    Raises:
+        CheckpointError: another task or boundary; when resuming, another shift as well.
+    """
+    card, diffusion = found.card, config.diffusion
+    wanted = {"task": wan.task, "boundary": diffusion.boundary, **({"shift": diffusion.shift} if resuming else {})}
+    for key, value in wanted.items():
+        stored = card.get(key)
+        same = stored == value or (isinstance(stored, float) and value is not None and abs(stored - float(value)) < 1e-6)
+        if stored is not None and value is not None and not same:
+            raise CheckpointError(f"was made for {key} {stored}, this run is configured for {value}",
+                                  where=str(found.path / "wan.json"),
+                                  fix="use the model.json of that checkpoint, or pass --finetune"
+                                  if resuming else "use the model.json of these weights")
+
+
+def _warn(text: str) -> None:
+    print(f" {text}", flush=True)

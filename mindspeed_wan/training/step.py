@@ -1,0 +1,116 @@
+"""One optimizer step: accumulate micro-batches, agree on the outcome, finish the gradients, move the weights.
+
+The loss is the mean over the global batch of ``weight_i x error_i``. Each rank divides the sum over its own samples by
+their number, micro-batch by micro-batch, and gradients are averaged over data x context ranks, so the result does not
+depend on how the batch is cut.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mindspeed_wan.errors import NumericsError
+from mindspeed_wan.parallel.grads import finish_grads
+from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.training.encoders import Features
+from mindspeed_wan.training.objective import Objective
+from mindspeed_wan.training.optimizer import AdamW
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What all ranks know after the backward passes: means over the global batch, and whether anybody must stop.
+
+    ``data_seconds`` is this rank's own wait for features.
+    """
+
+    loss: float
+    sigma: float
+    stop: bool
+    data_seconds: float
+
+
+class TrainStep:
+    """Forward, backward and update of one expert.
+
+    Args:
+        model: the (sharded) DiT.
+        objective: sigma, noise and weights.
+        groups: this layout.
+        accumulation: micro-batches per step and rank.
+        micro_batch_size: samples in each.
+        device: where the reduction's tensor lives.
+        clip_norm: gradients are clipped to this global norm; 0 does not clip.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, groups: ParallelGroups, *, accumulation: int,
+                 micro_batch_size: int, device: torch.device, clip_norm: float) -> None:
+        self.model, self.objective, self.groups = model, objective, groups
+        self.accumulation, self.device, self.clip_norm = accumulation, device, clip_norm
+        self.samples_per_rank = accumulation * micro_batch_size
+
+    def accumulate(self, features: Iterator[Features], *, stop: bool) -> Accumulated:
+        """Run forward and backward over one global batch and reduce what has to be agreed on.
+
+        Args:
+            features: yields this rank's micro-batches in order.
+            stop: this rank wants to stop after the step.
+        """
+        totals = torch.zeros(2, device=self.device)
+        waited = 0.0
+        for _ in range(self.accumulation):
+            before = time.perf_counter()
+            batch = next(features)
+            waited += time.perf_counter() - before
+            losses, sigma = self.losses(batch)
+            (losses.sum() / self.samples_per_rank).backward()
+            totals += torch.stack((losses.detach().sum(), sigma.sum()))
+        agreed = torch.cat((totals / self.samples_per_rank, torch.tensor([float(stop)], device=self.device)))
+        # Tensor and context ranks repeat their data rank's numbers, so the mean over the job is the batch mean.
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(agreed)
+            agreed /= dist.get_world_size()
+        loss, mean_sigma, stops = agreed.tolist()
+        return Accumulated(loss, mean_sigma, stops > 0, waited)
+
+    def losses(self, batch: Features) -> tuple[Tensor, Tensor]:
+        """Return (weighted loss [B], sigma [B]) of one micro-batch, with the graph attached to the loss."""
+        noised = self.objective.add_noise(batch.latents, batch.keys)
+        return noised.losses(predict(self.model, noised.x, noised.timestep, batch)), noised.sigma
+
+    def update(self, optimizer: AdamW, accumulated: Accumulated, *, iteration: int, learning_rate: float,
+               weight_decay: float) -> float:
+        """Finish and clip the gradients, move the weights, return the gradient norm before clipping.
+
+        Raises:
+            NumericsError: on every rank, before any weight moved, when the loss or the gradient is not finite.
+        """
+        _require_finite("loss", accumulated.loss, iteration)
+        norm = finish_grads(self.model, self.groups, self.clip_norm)
+        _require_finite("gradient norm", norm, iteration)
+        optimizer.step(learning_rate, weight_decay)
+        optimizer.zero_grad()
+        return norm
+
+
+def predict(model: nn.Module, x: Tensor, timestep: Tensor, batch: Features) -> Tensor:
+    """Return the model's velocity for noisy latents ``x`` [B, C, f, h, w] under the batch's conditions."""
+    inputs = x if batch.condition is None else torch.cat((x, batch.condition.to(x.dtype)), dim=1)
+    return model(inputs, timestep, batch.text, batch.image_embeds)
+
+
+def _require_finite(what: str, value: float, iteration: int) -> None:
+    # The value is the result of a reduction over all ranks: every rank sees the same and stops in the same place.
+    if math.isfinite(value):
+        return
+    raise NumericsError(
+        f"the {what} of iteration {iteration} is {value}; no weight was changed",
+        fix="resume from the last checkpoint with a lower --lr or --clip-grad, and look at that iteration's clips",
+    )

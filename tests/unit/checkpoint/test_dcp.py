@@ -1,0 +1,247 @@
+"""Training checkpoints on one rank: whole or absent, damage found, the previous one used, old ones removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_wan.checkpoint import dcp
+from mindspeed_wan.checkpoint.background import BackgroundSave
+from mindspeed_wan.checkpoint.sources import Found
+from mindspeed_wan.errors import CheckpointError, ResourceError
+from mindspeed_wan.training.ema import Ema
+from mindspeed_wan.training.optimizer import AdamW
+
+CARD = {"task": "t2v", "expert": "high", "boundary": 0.875, "shift": 5.0}
+
+
+class Tiny:
+    """A model, its optimizer and its average after ``steps`` updates."""
+
+    def __init__(self, steps: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(steps)
+        self.model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).to(dtype)
+        self.views = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.optimizer = AdamW(self.model.named_parameters())
+        self.ema = Ema(self.optimizer.masters(), 0.9)
+        for _ in range(steps):
+            for p in self.model.parameters():
+                p.grad = torch.randn_like(p)
+            self.optimizer.step(1e-2, 0.1)
+            self.ema.update(self.optimizer.masters())
+
+    def state(self, **options: bool) -> dict[str, torch.Tensor]:
+        return dcp.state_views(self.views, self.optimizer, ema=self.ema.averages, **options)
+
+    def save(self, root: Path, iteration: int, keep_last: int | None = None, **options: bool) -> Path:
+        progress = dcp.Progress(iteration=iteration, consumed_samples=4 * iteration,
+                                optimizer_steps=self.optimizer.steps)
+        return dcp.save(root, self.state(**options), dcp.Record(progress, CARD, keep_last))
+
+    def load(self, root: Path, **options: object) -> dcp.Progress:
+        found = dcp.newest(root)
+        assert found is not None
+        return dcp.load(found, self.views, self.optimizer, ema=self.ema.averages, **options)  # type: ignore[arg-type]
+
+
+def equal(a: Tiny, b: Tiny) -> bool:
+    mine, other = a.state(), b.state()
+    return mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_round_trip_restores_every_bit_and_the_tracker_names_it(tmp_path: Path) -> None:
+    saved, loaded = Tiny(3), Tiny()
+    folder = saved.save(tmp_path, 3)
+    progress = loaded.load(tmp_path)
+    assert equal(saved, loaded)
+    assert (progress.iteration, progress.consumed_samples, loaded.optimizer.steps) == (3, 12, 3)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+    assert folder.name == "iter_0000003"
+    assert {"wan.json", "training.json", "manifest.json", ".metadata"} <= {p.name for p in folder.iterdir()}
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_plain_torch_reads_what_we_write(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as torch_dcp
+
+    saved = Tiny(2)
+    folder = saved.save(tmp_path, 2)
+    target = {"model": {name: torch.zeros_like(view) for name, view in saved.views.items()}}
+    torch_dcp.load(target, checkpoint_id=folder, no_dist=True)
+    assert all(torch.equal(target["model"][name], view) for name, view in saved.views.items())
+
+
+def test_bf16_parameters_are_saved_as_their_masters(tmp_path: Path) -> None:
+    saved, loaded, plain = Tiny(3, torch.bfloat16), Tiny(0, torch.bfloat16), Tiny()
+    saved.save(tmp_path, 3)
+    loaded.load(tmp_path)
+    assert equal(saved, loaded)
+    assert all(torch.equal(loaded.views[n], saved.views[n]) for n in saved.views)
+    plain.load(tmp_path)  # a run with fp32 parameters goes on from the same file
+    assert all(torch.equal(plain.views[n], saved.optimizer.masters()[n]) for n in saved.views)
+
+
+def test_without_optimizer_state_resuming_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    Tiny(3).save(tmp_path, 3, with_moments=False)
+    with pytest.raises(CheckpointError, match="without optimizer state"):
+        Tiny().load(tmp_path)
+    fresh = Tiny()
+    fresh.load(tmp_path, with_moments=False)
+    assert fresh.optimizer.steps == 0
+
+
+def test_an_average_that_was_not_saved_starts_from_the_weights(tmp_path: Path) -> None:
+    saved, loaded = Tiny(3), Tiny()
+    state = dcp.state_views(saved.views, saved.optimizer)
+    dcp.save(tmp_path, state, dcp.Record(dcp.Progress(iteration=3), CARD))
+    loaded.load(tmp_path)
+    assert all(torch.equal(loaded.ema.averages[n], saved.views[n]) for n in saved.views)
+
+
+def test_other_expert_and_other_model_are_refused(tmp_path: Path) -> None:
+    Tiny(1).save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="high-noise expert"):
+        Tiny().load(tmp_path, expert="low")
+    other = Tiny()
+    other.views = {"0.weight": torch.zeros(5, 7)}
+    other.optimizer = AdamW([("0.weight", nn.Parameter(other.views["0.weight"]))])
+    with pytest.raises(CheckpointError, match=r"0\.weight \[5, 6\] instead of \[5, 7\]"):
+        dcp.load(Found(tmp_path / "iter_0000001", "dcp", 1), other.views, other.optimizer)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "zero_page", "no_metadata", "half_removed"])
+def test_damage_to_the_newest_is_reported_and_the_previous_used(damage: str, tmp_path: Path) -> None:
+    first = Tiny(1)
+    first.save(tmp_path, 1)
+    folder = Tiny(2).save(tmp_path, 2)
+    data = next(folder.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    if damage == "flip":
+        content[random.Random(0).randrange(len(content))] ^= 4
+        data.write_bytes(content)
+    elif damage == "truncate":
+        data.write_bytes(content[:-1])
+    elif damage == "zero_page":
+        content[1000:1400] = bytes(400)
+        data.write_bytes(content)
+    elif damage == "no_metadata":
+        (folder / ".metadata").unlink()
+    else:
+        (folder / "manifest.json").unlink()
+    warnings: list[str] = []
+    found = dcp.newest(tmp_path, warn=warnings.append)
+    assert found is not None and found.iteration == 1
+    assert len(warnings) == (0 if damage == "half_removed" else 1)
+    loaded = Tiny()
+    dcp.load(found, loaded.views, loaded.optimizer, ema=loaded.ema.averages)
+    assert equal(first, loaded)
+    if damage != "half_removed":
+        with pytest.raises(CheckpointError):
+            dcp.newest(tmp_path, strict=True)
+
+
+def test_every_checkpoint_damaged_is_an_error(tmp_path: Path) -> None:
+    folder = Tiny(1).save(tmp_path, 1)
+    (folder / ".metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 bytes"):
+        dcp.newest(tmp_path, warn=lambda text: None)
+
+
+def test_a_committed_folder_the_tracker_does_not_name_yet_is_used(tmp_path: Path) -> None:
+    Tiny(1).save(tmp_path, 1)
+    Tiny(2).save(tmp_path, 2)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    found = dcp.newest(tmp_path)
+    assert found is not None and found.iteration == 2
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    assert dcp.newest(tmp_path) is not None
+
+
+def test_retention_keeps_the_newest_and_leaves_strangers_alone(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000009").mkdir(parents=True)
+    (tmp_path / "iter_0000009" / "note.txt").write_text("not ours")
+    (tmp_path / "release").mkdir()
+    for iteration in range(1, 6):
+        Tiny(1).save(tmp_path, iteration, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+        "iter_0000004", "iter_0000005", "iter_0000009", "release"]
+
+
+def test_saving_again_over_the_same_iteration_and_over_leftovers(tmp_path: Path) -> None:
+    (tmp_path / ".iter_0000002.tmp").mkdir(parents=True)
+    (tmp_path / ".iter_0000002.tmp" / "junk").write_text("x")
+    Tiny(1).save(tmp_path, 2)
+    again, loaded = Tiny(2), Tiny()
+    folder = again.save(tmp_path, 2)
+    assert not (folder / "junk").exists()
+    loaded.load(tmp_path)
+    assert equal(again, loaded)
+
+
+def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    saved = Tiny(1)
+    saved.save(tmp_path, 1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(ResourceError):
+            Tiny(2).save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    loaded = Tiny()
+    assert loaded.load(tmp_path).iteration == 1
+    assert equal(saved, loaded)
+
+
+def test_background_save_holds_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    run, expected = Tiny(2), Tiny(2)
+    pending = BackgroundSave(tmp_path, run.state(), dcp.Record(dcp.Progress(iteration=2), CARD), None)
+    for p in run.model.parameters():
+        p.grad = torch.randn_like(p)
+    run.optimizer.step(1.0, 0.0)  # training goes on while the bytes are written
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
+    folder = pending.finish()
+    assert folder.is_dir() and dcp.newest(tmp_path) is not None
+    loaded = Tiny()
+    loaded.load(tmp_path)
+    assert equal(expected, loaded)
+
+
+KILLED = """
+import os, sys, threading, time
+from pathlib import Path
+from tests.unit.checkpoint.test_dcp import Tiny
+root = Path(sys.argv[1])
+Tiny(1).save(root, 1)
+print("ready", flush=True)
+threading.Thread(target=lambda: (time.sleep(float(sys.argv[2])), os.kill(os.getpid(), 9)), daemon=True).start()
+for i in range(2, 1000):
+    Tiny(1).save(root, i, keep_last=2)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.01, 0.037])
+def test_kill_at_any_moment_leaves_a_loadable_checkpoint(delay: float, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(delay)], env=environment, check=False,
+                            capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    loaded = Tiny()
+    progress = loaded.load(tmp_path)
+    assert equal(Tiny(1), loaded)
+    named = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert progress.iteration in (named, named + 1)
+    assert json.loads((tmp_path / f"iter_{progress.iteration:07d}" / "training.json").read_text())
+    Tiny(1).save(tmp_path, progress.iteration + 1)  # the next save clears what the kill left
+    assert not list(tmp_path.glob(".*.tmp"))
