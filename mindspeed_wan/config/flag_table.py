@@ -96,9 +96,9 @@ BATCH = _group(
 
 PRECISION = _group(
     "precision and memory",
-    ("--bf16", "switch", "extra.bf16", "compute in bf16 (master weights and reduction stay fp32)"),
-    ("--downcast-to-bf16", "switch", "extra.bf16", "the same as --bf16; the master weights stay fp32"),
-    Flag("--fp32", "switch", "extra.fp32", "compute in fp32, whatever the files say", own=True),
+    Flag("--bf16", "switch", "extra.precision", "compute in bf16 (master weights and reduction: fp32)", value="bf16"),
+    Flag("--downcast-to-bf16", "switch", "extra.precision", "the same as --bf16", value="bf16"),
+    Flag("--fp32", "switch", "extra.precision", "compute in fp32, whatever the files say", value="fp32", own=True),
     Flag("--recompute-granularity", "text", "training.recompute.granularity",
          "recompute whole blocks, or all but attention", choices=("full", "selective")),
     Flag("--recompute-method", "text", "training.recompute.method",

@@ -47,8 +47,9 @@ def build(line: CommandLine, env: Mapping[str, str] | None = None) -> RunConfig:
     config = _validate_tree(tree, line, report)
     if config is not None:
         ranks = rules.world_size(line.values.get("extra.world_size"), env, config.training.dry_run)
-        found = rules.check(config, ranks, skip=frozenset(report.suspects))
-        report.errors += [_located(error, documents) for error in found]
+        found = [_located(e, documents) for e in rules.check(config, ranks, skip=frozenset(report.suspects))]
+        told = {error.where for error in report.errors} - {None, "command line"}
+        report.errors += [error for error in found if error.where not in told]  # a line is reported once
         for note in rules.notes(config):
             report.note(note)
     if report.errors or config is None:
@@ -238,9 +239,7 @@ def _derive(tree: dict[str, Any], line: CommandLine, report: Report, model_dtype
 def _derive_precision(tree: dict[str, Any], extra: dict[str, Any], report: Report, model_dtype: str | None) -> None:
     """Settle one compute type: flag, then the FSDP2 file, then predictor.dtype, then fp32."""
     fsdp2 = tree.get("fsdp2", {})
-    asked = "bf16" if extra.get("bf16") else "fp32" if extra.get("fp32") else None
-    if extra.get("bf16") and extra.get("fp32"):
-        _bad_flag("--bf16 and --fp32 contradict each other", report, "keep one of them")
+    asked = extra.get("precision")
     uses_fsdp2 = tree.get("parallel", {}).get("use_torch_fsdp2", False)
     in_file = fsdp2.get("param_dtype") if uses_fsdp2 else None
     precision = asked or in_file or model_dtype or "fp32"

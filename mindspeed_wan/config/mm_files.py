@@ -257,9 +257,9 @@ class PreprocessFile(Section):
     """Take every n-th frame."""
     auto_interval: bool = False
     """Interval from the frame rates."""
-    max_height: int = Field(default=480, ge=1)
+    max_height: int = Field(default=480, ge=16)
     """Pixels."""
-    max_width: int = Field(default=832, ge=1)
+    max_width: int = Field(default=832, ge=16)
     """Pixels."""
     max_hxw: int | None = Field(default=None, ge=1)
     """Largest height x width."""

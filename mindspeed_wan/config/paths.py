@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 _PLACEHOLDER = re.compile(
-    r"path[ _-]?to\b|\byour[ /_-]|/your\b|^your$|\[[a-z_ -]+\]|<[^<>]+>|\bxxx+\b|\.\.\.$|\$\{?[A-Z_]+\}?|TODO|FIXME",
+    r"path[ /_-]?to\b|\byour[ /_-]|/your\b|^your$|\[[a-z_ -]+\]|<[^<>]+>|\bxxx+\b|\.\.\.$|\$\{?[A-Z_]+\}?|TODO|FIXME",
     re.IGNORECASE,
 )
 
@@ -22,8 +22,8 @@ def is_placeholder(path: str) -> bool:
 def resolve_path(path: str, base: Path | None) -> str:
     """Return an absolute path.
 
-    A relative path is taken from the working directory, as MindSpeed-MM does. Where nothing exists there but the
-    same path exists beside the file that names it (``base``), that one is meant.
+    A relative path is taken from the working directory, as MindSpeed-MM does. Where it is not there but stands beside
+    the file that names it (``base``), or at least its folder does, that one is meant.
     """
     expanded = Path(path.strip()).expanduser()
     if expanded.is_absolute():
@@ -31,6 +31,6 @@ def resolve_path(path: str, base: Path | None) -> str:
     here = Path.cwd() / expanded
     if base is not None and not here.exists():
         beside = base / expanded
-        if beside.exists():
+        if beside.exists() or (beside.parent.exists() and not here.parent.exists()):
             return str(beside.resolve())
     return str(here)

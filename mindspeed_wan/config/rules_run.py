@@ -29,14 +29,13 @@ def heads_divide(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     return mistake(message, f"make tensor x Ulysses one of: {listed(divisors(heads))}")
 
 
-def tensor_divides_widths(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """Tensor ranks share the hidden and feed-forward channels."""
-    wan, tensor, found = config.model.wan, config.parallel.tensor, []
-    for name, size in (("hidden_size", wan.dim), ("ffn_dim", wan.ffn_dim)):
-        if size % tensor:
-            message = f"{name} {size} is not divisible by {tensor} tensor ranks"
-            found += mistake(message, "change --tensor-model-parallel-size")
-    return found
+def tensor_divides_ffn(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Tensor ranks share the feed-forward channels (the hidden channels follow from the heads)."""
+    width, tensor = config.model.wan.ffn_dim, config.parallel.tensor
+    if width % tensor == 0:
+        return []
+    message = f"ffn_dim {width} is not divisible by {tensor} tensor ranks"
+    return mistake(message, "change --tensor-model-parallel-size", key="model:predictor.ffn_dim")
 
 
 def context_algorithm(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -191,7 +190,7 @@ def base_model_needs_lora(config: RunConfig, ranks: int | None) -> list[ConfigEr
 RULES: tuple[RuleRow, ...] = (
     (pipeline_is_refused, frozenset({"parallel"})),
     (heads_divide, frozenset({"parallel", "model"})),
-    (tensor_divides_widths, frozenset({"parallel", "model"})),
+    (tensor_divides_ffn, frozenset({"parallel", "model"})),
     (context_algorithm, frozenset({"parallel"})),
     (sequence_parallel_needs_tensor, frozenset({"parallel"})),
     (ranks_factor, frozenset({"parallel"})),
