@@ -16,6 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -175,7 +176,7 @@ class Attempt:
         outcome = self.ranks.poll(POLL_SECONDS)
         stopped = self._pass_signals_on()
         if stopped is not None or outcome is not None:
-            return stopped or outcome
+            return stopped or self._as_signalled(outcome)
         if self._deadline is not None and time.monotonic() > self._deadline:
             names = ", ".join(str(rank.rank) for rank in self.ranks.alive())
             seconds = f"{self.args.grace_seconds:.0f} s"
@@ -184,8 +185,17 @@ class Attempt:
             return self.ranks.silent(self.args.hang_timeout_minutes * 60)
         return None
 
+    def _as_signalled(self, outcome: Outcome | None) -> Outcome | None:
+        """Ranks that died of the SIGTERM we sent them for Ctrl-C give Ctrl-C's code."""
+        if outcome is not None and outcome.code == 128 + signal.SIGTERM and self.signals.first is not None:
+            return replace(outcome, code=128 + self.signals.first)
+        return outcome
+
     def _pass_signals_on(self) -> Outcome | None:
-        """Forward the first stop signal; a second SIGTERM or SIGINT ends everything at once."""
+        """Forward the first stop signal; a second SIGTERM or SIGINT ends everything at once.
+
+        Ctrl-C and a lost terminal reach the ranks as SIGTERM, which training answers by saving.
+        """
         for signum in self.signals.take():
             name = signal.Signals(signum).name
             first = self.signals.first
@@ -193,7 +203,7 @@ class Attempt:
                 self.signals.first = signum
                 self._deadline = time.monotonic() + self.args.grace_seconds
                 self.ranks.output.say(f"{name}: the ranks save and stop; a second signal ends them at once")
-                self.ranks.signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+                self.ranks.signal(signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM)
             elif first != signal.SIGUSR1 and signum in (signal.SIGTERM, signal.SIGINT):
                 self.ranks.kill()
                 return Outcome(128 + signum, f"ended by a second signal ({name}) before the ranks had saved")

@@ -146,15 +146,18 @@ raise StopRequested("saved at iteration 12; run again to go on")
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_reaches_every_rank_once_and_waits_for_the_save(script, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reaches_as"),
+    [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGTERM")],
+)
+def test_a_signal_reaches_every_rank_once_and_waits_for_the_save(script, tmp_path, name, reaches_as):
     process = start("--nproc-per-node", 2, "--max-restarts", 3, script(SAVES_AND_STOPS), tmp_path)
     for rank in range(2):
         wait_for(tmp_path / f"ready{rank}")
     process.send_signal(getattr(signal, name))
     code, _, err = finish(process)
     assert code == 75
-    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [name, name]
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [reaches_as, reaches_as]
     assert err.count("saved at iteration 12") == 1
 
 
@@ -183,13 +186,14 @@ def test_sigterm_after_sigusr1_does_not_cut_the_save_short(script, tmp_path):
     assert code == 75 and (tmp_path / "saved1").read_text() == "SIGUSR1"
 
 
-def test_ranks_that_do_not_handle_the_signal_give_its_code(script, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_that_do_not_handle_the_signal_give_its_code(script, tmp_path, signum):
     path = script("open(f'{sys.argv[1]}/ready{rank}', 'w').close(); time.sleep(60)")
     process = start("--nproc-per-node", 2, path, tmp_path)
     for rank in range(2):
         wait_for(tmp_path / f"ready{rank}")
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 143
+    process.send_signal(signum)
+    assert finish(process)[0] == 128 + signum
 
 
 def test_ranks_that_ignore_the_signal_end_after_the_grace(script, tmp_path):
