@@ -162,6 +162,17 @@ def check_task(weights: Weights, task: str | None, converter: str) -> None:
                           fix=f"use Wan2.2{found.upper()}Converter, or WanConverter for any task")
 
 
+def check_same_model(weights: Weights, config: WanConfig, source: str) -> None:
+    """Refuse weights of another architecture than ``config``, in what a Diffusers config tells."""
+    found = weights.card.config
+    same = found.with_changes(text_len=config.text_len, rope_max_len=config.rope_max_len, eps=config.eps)
+    if same != config:
+        wrong = [f"{key} {value} against {config.to_dict()[key]}" for key, value in same.to_dict().items()
+                 if value != config.to_dict()[key]]
+        raise CheckpointError(f"not the model of {source}: {', '.join(wrong)}", where=str(weights.path),
+                              fix="give the Diffusers folder of the same model")
+
+
 def check_expert(weights: Weights, expert: str | None) -> None:
     """Refuse weights whose card names the other expert than the folder or ``--expert`` does."""
     if expert and weights.card.expert and weights.card.expert != expert:

@@ -26,14 +26,14 @@ from mindspeed_wan.checkpoint.manifest import (
     write_text_atomic,
     write_tracker,
 )
-from mindspeed_wan.errors import CheckpointError, ConfigError, ResourceError
-from mindspeed_wan_converters.checks import check_task
+from mindspeed_wan.errors import ConfigError, ResourceError, WanError
+from mindspeed_wan_converters.checks import check_same_model, check_task
 from mindspeed_wan_converters.formats import dcp, hf, mm, original
 from mindspeed_wan_converters.plan import CARD_NAME, Layout, OutputFile, Slice, Weights
 from mindspeed_wan_converters.progress import Progress, human
 from mindspeed_wan_converters.sources import FORMATS, read_all, recognise
 from mindspeed_wan_converters.stream import Written
-from mindspeed_wan_converters.writer import write_files
+from mindspeed_wan_converters.writer import journal_path, write_files
 
 _CODES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 DEFAULT_SHARD = 5 * 10**9
@@ -79,42 +79,84 @@ def run(source_format: str, target_format: str, options: Options) -> None:
     weights = read_all(recognise(options.source), source_format, options.expert, hint)
     for found in weights.values():
         check_task(found, options.task, options.converter)
-        if hint is not None and hint != found.card.config:
-            _refuse_other_model(found, options)
+        if hint is not None:
+            check_same_model(found, hint, f"--cfg.hf_dir {options.hf_dir}")
     layout = plan(weights, target_format, options)
     _print_plan(weights, layout, target_format, options)
     if options.dry_run:
         return
     with _locked(options.target):
         _write(layout, options)
+        if target_format == "hf":
+            _complete_parent(options)
     print(f"wrote {options.target} ({human(layout.size)})")
 
 
 def plan(weights: Mapping[str | None, Weights], target: str, options: Options) -> Layout:
-    """Return the target's files: one expert at the root, two in a subfolder each."""
+    """Return the target's files.
+
+    Two experts go into a subfolder each. One expert is the target itself, but with a pipeline as ``--cfg.hf_dir``
+    the target of ``*_to_hf`` is a pipeline too: the target folder, or its parent when it is called ``transformer``
+    or ``transformer_2`` (see ``_complete_parent``).
+    """
     layouts = {expert: _lay_out(found, target, options) for expert, found in weights.items()}
-    complete = target == "hf" and options.hf_dir is not None and (options.hf_dir / "model_index.json").is_file()
-    if len(layouts) == 1 and not complete:
+    pipeline = _pipeline_of(target, options)
+    if len(layouts) == 1 and (pipeline is None or options.target.name in _EXPERT_NAMES):
+        _check_place(next(iter(weights.values())), target, options)
         return next(iter(layouts.values()))
     folders = original.EXPERT_FOLDERS if target == "original" else hf.EXPERT_FOLDERS
     result = Layout()
     for expert, layout in layouts.items():
-        result.merge(layout.below(folders[_expert_folder(expert, weights, options)]))
-    if complete and options.hf_dir is not None:
-        hf.add_pipeline_parts(result, options.hf_dir)
+        result.merge(layout.below(folders[expert or _only_expert(weights, options)]))
+    if pipeline is not None:
+        hf.add_pipeline_parts(result, pipeline)
     return result
 
 
-def _expert_folder(expert: str | None, weights: Mapping[str | None, Weights], options: Options) -> str:
-    """Return ``high`` or ``low`` for a part of a pipeline; a model with one DiT goes where the high expert does."""
-    known = expert or next(iter(weights.values())).card.expert
-    if known is not None:
-        return known
-    index = hf.read_model_index(options.hf_dir) if options.hf_dir else {}
-    if (index.get("transformer_2") or [None])[0] is not None:
+_EXPERT_NAMES = {"transformer": "high", "transformer_2": "low"}
+
+
+def _pipeline_of(target: str, options: Options) -> Path | None:
+    """Return the pipeline folder that completes the target, if one is given."""
+    complete = target == "hf" and options.hf_dir is not None and (options.hf_dir / "model_index.json").is_file()
+    return options.hf_dir if complete else None
+
+
+def _check_place(weights: Weights, target: str, options: Options) -> None:
+    """Refuse to write one expert into the folder that Diffusers reads the other from."""
+    place = _EXPERT_NAMES.get(options.target.name)
+    if target == "hf" and place and weights.card.expert and weights.card.expert != place and _two_experts(options):
+        raise ConfigError(f"{options.target.name}/ is the {place} expert's place, these are the "
+                          f"{weights.card.expert} expert's weights", where=str(options.target),
+                          fix=f"write to {hf.EXPERT_FOLDERS[weights.card.expert]}/")
+
+
+def _two_experts(options: Options) -> bool:
+    index = hf.read_model_index(options.hf_dir) if _pipeline_of("hf", options) and options.hf_dir else {}
+    return (index.get("transformer_2") or [None])[0] is not None
+
+
+def _only_expert(weights: Mapping[str | None, Weights], options: Options) -> str:
+    """Return which part of a pipeline a lone expert is; a model with one DiT goes where the high expert does."""
+    known = next(iter(weights.values())).card.expert
+    if known is None and _two_experts(options):
         raise ConfigError("which expert is this? The pipeline of --cfg.hf_dir has two", where=str(options.source),
                           fix="add --expert high or --expert low")
-    return "high"
+    return known or "high"
+
+
+def _complete_parent(options: Options) -> None:
+    """Make the parent of ``transformer/`` or ``transformer_2/`` a pipeline, linking what is not there yet."""
+    pipeline = _pipeline_of("hf", options)
+    parent = options.target.parent
+    if pipeline is None or options.target.name not in _EXPERT_NAMES or (parent / "model_index.json").exists():
+        return
+    rest = Layout([OutputFile(f"{options.target.name}/config.json", ())])
+    hf.add_pipeline_parts(rest, pipeline)
+    for name, part in rest.links.items():
+        if not (parent / name).exists():
+            (parent / name).symlink_to(part, target_is_directory=True)
+    write_text_atomic(parent / "model_index.json", (pipeline / "model_index.json").read_text(encoding="utf-8"))
 
 
 def _lay_out(weights: Weights, target: str, options: Options) -> Layout:
@@ -139,6 +181,8 @@ def _clean(path: Path) -> Path:
 
 
 def _check_paths(options: Options) -> None:
+    if _is_placeholder_link(options):
+        return
     source, target = options.source.resolve(), options.target.resolve()
     if source == target:
         raise ConfigError("source and target are the same folder", where=str(source), fix="choose another target")
@@ -156,6 +200,12 @@ def _check_paths(options: Options) -> None:
                           fix="choose another target, or empty this folder yourself")
 
 
+def _is_placeholder_link(options: Options) -> bool:
+    """True when the target is the link to ``--cfg.hf_dir``'s own expert that ``_complete_parent`` has made."""
+    target, pipeline = options.target, _pipeline_of("hf", options)
+    return pipeline is not None and target.is_symlink() and target.resolve() == (pipeline / target.name).resolve()
+
+
 _KNOWN = {"config.json", "model_index.json", MANIFEST_NAME, CARD_NAME, "latest_checkpointed_iteration.txt", RELEASE,
           "transformer", "transformer_2", "high_noise_model", "low_noise_model", "vae", "text_encoder", "tokenizer",
           "scheduler", "image_encoder", "image_processor"}
@@ -170,11 +220,6 @@ def _is_ours_to_replace(target: Path) -> bool:
         if not converted or foreign:
             return False
     return True
-
-
-def _refuse_other_model(found: Weights, options: Options) -> None:
-    raise CheckpointError(f"these {found.card.config.task.upper()} weights are not of the model in --cfg.hf_dir",
-                          where=str(found.path), fix=f"{options.hf_dir} describes another architecture")
 
 
 def _check_space(layout: Layout, options: Options) -> None:
@@ -249,20 +294,20 @@ def _write(layout: Layout, options: Options) -> None:
                               resume=options.resume)
         seconds = progress.finish()
         _seal(staging, layout, written, options)
-    except ResourceError:
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk must not stay full of our half-written files
-        raise
-    except CheckpointError:
+        commit_folder(staging, options.target)
+    except WanError:  # a full disk must not stay full of half-written files, and damaged input will not mend
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    commit_folder(staging, options.target)
+    finally:
+        if not staging.exists():
+            journal_path(staging).unlink(missing_ok=True)
     if not options.quiet:
         print(f"{human(layout.size / max(seconds, 1e-6))}/s over {seconds:.1f} s", file=sys.stderr)
 
 
 def _remove_unplanned(staging: Path, layout: Layout) -> None:
     """Remove what an interrupted run with another plan has left in the staging folder."""
-    planned = {staging / f.name for f in layout.files} | {staging / ".journal"}
+    planned = {staging / f.name for f in layout.files}
     for path in list(staging.rglob("*")):
         if (path.is_file() or path.is_symlink()) and path not in planned:
             path.unlink()

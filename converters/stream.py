@@ -214,8 +214,8 @@ def _open_for_writing(path: Path) -> tuple[int, bool]:
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
         try:
-            return os.open(path, flags | direct, 0o640), True
+            return os.open(path, flags | direct, 0o666), True
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
-    return os.open(path, flags, 0o640), False
+    return os.open(path, flags, 0o666), False

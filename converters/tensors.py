@@ -22,7 +22,8 @@ import numpy as np
 from mindspeed_wan.checkpoint.torch_file import DTYPES
 from mindspeed_wan.errors import CheckpointError, NumericsError
 
-_NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 FLOAT_CODES = ("F32", "BF16", "F16")
 """Precisions a DiT may be stored in."""
 
@@ -243,7 +244,7 @@ def _read_rows(tensor: StoredTensor, start: int, stop: int, columns: tuple[slice
             continue
         width = math.prod(box.sizes[1:]) * dtype.itemsize
         part = np.empty((end - begin, *box.sizes[1:]), dtype=dtype)
-        raw = memoryview(part).cast("B")
+        raw = part.data.cast("B")
         files.read_into(chunk.path, chunk.offset + (begin - box.offsets[0]) * width, raw)
         if chunk.crc32 is not None:
             crcs[chunk] = zlib.crc32(raw, crcs.get(chunk, 0))

@@ -25,8 +25,8 @@ _MAX_32 = 0xFFFFFFFF
 
 def pickled_tensor(item: Slice, key: int) -> bytes:
     """Return pickle opcodes that rebuild ``item`` from the storage ``data/<key>``."""
-    shape, strides = item.box.sizes, []
-    step = 1
+    shape, step = item.box.sizes, 1
+    strides: list[int] = []
     for size in reversed(shape):
         strides.insert(0, step)
         step *= size

@@ -109,7 +109,7 @@ def _compare(left: Mapping[str | None, Weights], right: Mapping[str | None, Weig
 def _pair_experts(left: Mapping[str | None, Weights],
                   right: Mapping[str | None, Weights]) -> list[tuple[Weights, Weights]]:
     if len(left) == len(right) == 1:
-        return [(*left.values(), *right.values())]
+        return [(next(iter(left.values())), next(iter(right.values())))]
     if set(left) != set(right):
         raise CheckpointError(f"one side has {_experts(left)}, the other {_experts(right)}",
                               fix="compare folders with the same experts, or give --expert")

@@ -21,8 +21,6 @@ from mindspeed_wan_converters.progress import Progress
 from mindspeed_wan_converters.stream import BLOCK, Expected, OutputStream, StoppedError, Written
 from mindspeed_wan_converters.tensors import SourceFiles, as_file_range, iter_blocks
 
-JOURNAL_NAME = ".journal"
-
 
 def write_files(files: Sequence[OutputFile], folder: Path, progress: Progress, *, workers: int,
                 fingerprint: str = "", resume: bool = False) -> dict[str, Written]:
@@ -40,7 +38,7 @@ def write_files(files: Sequence[OutputFile], folder: Path, progress: Progress, *
         ResourceError: the disk is full or not writable.
         CheckpointError: a source file is damaged or ends early.
     """
-    journal = _Journal(folder / JOURNAL_NAME, fingerprint, resume)
+    journal = _Journal(journal_path(folder), fingerprint, resume)
     done = {f.name: journal.done[f.name] for f in files if journal.keeps(f, folder)}
     progress.skip(sum(f.size for f in files if f.name in done))
     stop = threading.Event()
@@ -65,8 +63,12 @@ def write_files(files: Sequence[OutputFile], folder: Path, progress: Progress, *
     if real:
         raise real[0]
     done.update(future.result() for future in futures)
-    journal.remove()
     return done
+
+
+def journal_path(folder: Path) -> Path:
+    """Return the journal of a staging folder; it lies beside it, so that the folder holds nothing but the target."""
+    return folder.with_name(f"{folder.name}.journal")
 
 
 # ---- one file ------------------------------------------------------------------------------------------------
@@ -140,10 +142,6 @@ class _Journal:
                     os.fsync(stream.fileno())
             except OSError as error:
                 raise disk_error(error, self._path) from None
-
-    def remove(self) -> None:
-        """Drop the journal: everything is written."""
-        self._path.unlink(missing_ok=True)
 
     def _read(self, fingerprint: str) -> dict[str, Written]:
         try:

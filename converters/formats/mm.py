@@ -57,9 +57,9 @@ class Parallel:
             raise ConfigError(f"tp_size {tp} is not positive", where="--cfg.target_parallel_config.tp_size")
         if not isinstance(pp_layers, (list, tuple)):
             raise ConfigError(f"{pp_layers!r} is not a list", where=where, fix="write [10,10,10,10] or [[5,5],[5,5]]")
-        nested = [list(row) if isinstance(row, (list, tuple)) else row for row in pp_layers]
-        rows = nested if nested and all(isinstance(row, list) for row in nested) else ([nested] if nested else [])
-        counts = [count for row in rows for count in (row if isinstance(row, list) else [row])]
+        nested = [list(row) for row in pp_layers if isinstance(row, (list, tuple))]
+        rows: list[list[Any]] = nested if len(nested) == len(pp_layers) else [list(pp_layers)]
+        counts = [count for row in rows for count in row]
         if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in counts):
             raise ConfigError(f"{pp_layers!r} must hold positive whole numbers", where=where)
         if len({len(row) for row in rows}) > 1:

@@ -146,11 +146,19 @@ _REFETCH = "the file is damaged; use another checkpoint, copy it again, or conve
 def confined(folder: Path, name: str) -> Path:
     """Return ``folder/name``; ``CheckpointError`` when ``name`` leads outside ``folder`` (``..``, absolute, link)."""
     path = folder / name
-    root = folder.resolve()
-    if not name or "\0" in name or Path(name).is_absolute() or not path.resolve().is_relative_to(root):
+    plain = bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not plain or not _stays_inside(path.resolve(), folder.resolve()):
         raise CheckpointError(f"file name {name!r} leads outside the folder", where=str(folder),
                               fix="do not use this checkpoint: it names files it has no business with")
     return path
+
+
+def _stays_inside(path: Path, root: Path) -> bool:
+    """True below ``root``; huggingface_hub's cache links ``snapshots/<revision>/*`` to ``blobs/``, which is fine."""
+    if path.is_relative_to(root):
+        return True
+    cache = next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), None)
+    return cache is not None and path.parent == cache / "blobs"
 
 
 def _regular_files(folder: Path) -> Iterator[Path]:
@@ -242,20 +250,28 @@ def commit_folder(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) ->
     tmp, final = Path(tmp), Path(final)
     try:
         _fsync_tree(tmp)
-        if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        if not final.is_symlink() and (not final.exists() or (final.is_dir() and not any(final.iterdir()))):
             os.rename(tmp, final)
         elif _exchange(tmp, final):
             fsync_folder(final.parent)
-            shutil.rmtree(tmp)
+            _remove(tmp)
         else:
             aside = _aside_path(final)
             os.rename(final, aside)
             os.rename(tmp, final)
             fsync_folder(final.parent)
-            shutil.rmtree(aside)
+            _remove(aside)
         fsync_folder(final.parent)
     except OSError as error:
         raise disk_error(error, final) from None
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link without touching what it points at."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def recover(final: str | os.PathLike[str]) -> None:
