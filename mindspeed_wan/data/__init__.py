@@ -1,0 +1,1 @@
+"""Clips and captions: annotations, decoding, transforms, order, loading, cached features."""

@@ -1,0 +1,171 @@
+"""Micro-batches of one data rank, in an order that no worker count and no number of ranks changes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_wan.data.bad_samples import BadSampleLog
+from mindspeed_wan.data.dataset import ClipDataset, Failure, Sample
+from mindspeed_wan.data.sampler import GlobalBatchSampler, Key, rank_slice
+from mindspeed_wan.errors import DataError, ResourceError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go through the model together; all of one shape.
+
+    ``keys``: (sample index, epoch) of each, the name of its randomness. ``video`` [B, 3, F, H, W] fp32 in [-1, 1] and
+    ``captions`` when clips are encoded online; from a feature cache instead ``latents`` [B, 16, f, h, w] fp32
+    normalised, ``text`` (unpadded [L_i, C] states) and for I2V ``condition`` [B, 16, f, h, w], the latents of the
+    first frame followed by grey.
+    """
+
+    keys: list[tuple[int, int]]
+    captions: list[str]
+    video: Tensor | None = None
+    latents: Tensor | None = None
+    text: list[Tensor] | None = None
+    condition: Tensor | None = None
+    paths: tuple[Path, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Who reads what: this data rank's part of every global batch, in micro-batches, from a position on."""
+
+    global_batch_size: int
+    micro_batch_size: int = 1
+    rank: int = 0
+    ranks: int = 1
+    consumed: int = 0
+
+    def __post_init__(self) -> None:
+        per_pass = self.micro_batch_size * self.ranks
+        if self.global_batch_size % per_pass:
+            raise DataError(
+                f"global batch size {self.global_batch_size} is not a multiple of micro batch size "
+                f"{self.micro_batch_size} x {self.ranks} data ranks",
+                fix=f"use {max(1, self.global_batch_size // per_pass) * per_pass}",
+            )
+
+
+def micro_batch_keys(sampler: GlobalBatchSampler, schedule: Schedule) -> Iterator[list[Key]]:
+    """Yield the keys of this rank's micro-batches for ever, starting after ``schedule.consumed`` samples."""
+    consumed = schedule.consumed
+    while True:
+        batch = sampler.indices(consumed, schedule.global_batch_size)
+        mine = rank_slice(batch, schedule.rank, schedule.ranks)
+        for start in range(0, len(mine), schedule.micro_batch_size):
+            yield mine[start : start + schedule.micro_batch_size]
+        consumed += schedule.global_batch_size
+
+
+class _KeyBatches:
+    """``micro_batch_keys`` as the re-iterable object that torch's DataLoader wants."""
+
+    def __init__(self, sampler: GlobalBatchSampler, schedule: Schedule) -> None:
+        self.sampler, self.schedule = sampler, schedule
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return micro_batch_keys(self.sampler, self.schedule)
+
+
+def build_loader(
+    dataset: Any,
+    sampler: GlobalBatchSampler,
+    schedule: Schedule,
+    *,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    start_method: str = "fork",
+    bad_samples: BadSampleLog | None = None,
+) -> Iterator[MicroBatch]:
+    """Return an endless iterator of this rank's micro-batches.
+
+    Args:
+        dataset: a ``ClipDataset``, or anything with its ``__getitem__`` and a ``collate`` of its own.
+        sampler: the order.
+        schedule: this rank's part and the position to start from.
+        num_workers: processes that decode ahead; 0 decodes in this one.
+        prefetch: micro-batches each worker keeps ready.
+        pin_memory: page-locked batches (for CUDA).
+        start_method: ``fork`` starts at once; ``spawn`` where forking is not possible.
+        bad_samples: counts unreadable clips; ``None`` stops at the first.
+
+    Raises (while iterating):
+        DataError: too many unreadable clips.
+        ResourceError: a worker process died.
+    """
+    log = bad_samples or BadSampleLog(None, len(dataset), 0.0)
+    collate = getattr(dataset, "collate", collate_clips)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=_KeyBatches(sampler, schedule),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_as_list,
+        pin_memory=False,
+        prefetch_factor=prefetch if num_workers else None,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_quiet_worker,
+    )
+    return _checked(loader, collate, log, pin_memory)
+
+
+def _as_list(samples: Sequence[Any]) -> list[Any]:
+    return list(samples)
+
+
+def _quiet_worker(_: int) -> None:
+    """Let the training process alone answer signals: its handlers, inherited by fork, would keep workers alive."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _checked(loader: Any, collate: Any, log: BadSampleLog, pin_memory: bool) -> Iterator[MicroBatch]:
+    samples_of = iter(loader)
+    while True:
+        try:
+            samples = next(samples_of)
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise ResourceError(
+                f"a data worker died: {str(error).splitlines()[0]}",
+                fix="free memory, enlarge /dev/shm (docker --shm-size) or lower --num-workers",
+            ) from None
+        for sample in samples:
+            log.add(sample.bad)
+        failed = next((sample for sample in samples if isinstance(sample, Failure)), None)
+        if failed is not None:
+            raise DataError(failed.message, where=failed.where)
+        batch = collate(samples)
+        yield _pinned(batch) if pin_memory else batch
+
+
+def collate_clips(samples: Sequence[Sample]) -> MicroBatch:
+    """Stack samples of one shape."""
+    return MicroBatch(
+        keys=[(sample.index, sample.epoch) for sample in samples],
+        captions=[sample.caption for sample in samples],
+        video=torch.stack([sample.video for sample in samples]),
+        paths=tuple(sample.path for sample in samples),
+    )
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    changes = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return MicroBatch(**{**vars(batch), **changes})
+
+
+__all__ = ["ClipDataset", "MicroBatch", "Schedule", "build_loader", "collate_clips", "micro_batch_keys"]

@@ -1,0 +1,124 @@
+"""From any annotation to a list of clips.
+
+``load(path)`` reads MindSpeed-MM's ``data.txt`` (lines ``folder,annotation``), one annotation file (json, jsonl, csv,
+parquet), musubi's dataset TOML, or a plain folder of videos with ``.txt`` captions. Every problem is collected with
+its ``file:line`` before anything is raised.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mindspeed_wan.data import formats
+from mindspeed_wan.data.records import ClipRecord, Problems
+from mindspeed_wan.data.text_files import read_text
+from mindspeed_wan.errors import DataError
+
+_STAT_THREADS = 16
+
+
+def load(data_path: str | Path, data_folder: str | Path | None = None, *, check_files: bool = True) -> list[ClipRecord]:
+    """Read a data set's annotations.
+
+    Args:
+        data_path: ``data.txt``, an annotation file, or a folder.
+        data_folder: what relative clip paths are joined to; ``None`` takes the folder that ``data.txt`` names, else
+            the annotation's own folder.
+        check_files: also look whether every clip exists and is not empty.
+
+    Returns:
+        records in the order of the annotations.
+
+    Raises:
+        DataError: lists the problems found, each with ``file:line``; also when there is no clip at all.
+    """
+    problems = Problems()
+    records = collect(Path(data_path).expanduser(), Path(data_folder).expanduser() if data_folder else None, problems)
+    if check_files:
+        check_existence(records, problems)
+    problems.raise_if_any()
+    if not records:
+        raise DataError("no clips", where=str(data_path), fix="the annotation is empty")
+    return records
+
+
+def collect(path: Path, folder: Path | None, problems: Problems) -> list[ClipRecord]:
+    """Read annotations, noting problems instead of raising them; see ``load``."""
+    if path.is_dir():
+        return _guarded(lambda: formats.read_folder(path, problems), problems)
+    if path.suffix.lower() == ".txt":
+        return _guarded(lambda: _read_data_txt(path, folder, problems), problems)
+    return _guarded(lambda: formats.read_annotation(path, folder or path.parent, problems), problems)
+
+
+def _guarded(read: Callable[[], list[ClipRecord]], problems: Problems) -> list[ClipRecord]:
+    try:
+        return read()
+    except DataError as error:
+        problems.found.append(error)
+        return []
+
+
+def _read_data_txt(path: Path, folder: Path | None, problems: Problems) -> list[ClipRecord]:
+    """Read MindSpeed-MM's list of data sets: ``folder,annotation`` lines; blank lines and # comments are skipped.
+
+    A folder with a comma in its name works: the annotation is what follows the last comma.
+    """
+    records: list[ClipRecord] = []
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        text = line.strip().strip('"')
+        if not text or text.startswith("#"):
+            continue
+        where = f"{path}:{number}"
+        named_folder, comma, annotation = text.rpartition(",")
+        if not comma or not annotation.strip() or not named_folder.strip():
+            problems.add(f"'{text}' is not 'folder,annotation'", where,
+                         "write the clips' folder, a comma, and the annotation file")
+            continue
+        root = _resolve(named_folder.strip().strip('"'), path.parent)
+        target = _resolve(annotation.strip().strip('"'), path.parent, root)
+        if not target.is_file():
+            problems.add(f"annotation '{annotation.strip()}' does not exist", where,
+                         "a relative path is looked for here, beside data.txt and in the folder of the line")
+            continue
+        if folder is None and not root.is_dir():
+            problems.add(f"folder '{named_folder.strip()}' does not exist", where)
+            continue
+        clip_folder = folder or root
+        records += _guarded(lambda: formats.read_annotation(target, clip_folder, problems), problems)  # noqa: B023
+    if not records and not problems:
+        problems.add("names no data set", str(path), "one line per data set: folder,annotation.json")
+    return records
+
+
+def _resolve(text: str, *bases: Path) -> Path:
+    """Return a path as given when it exists from here, else from the first of ``bases`` where it does."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists():
+        return path
+    return next((base / path for base in bases if (base / path).exists()), path)
+
+
+def check_existence(records: list[ClipRecord], problems: Problems) -> None:
+    """Note every clip that is missing or empty (one ``stat`` each; nothing is decoded)."""
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        for record, message in zip(records, pool.map(lambda record: _file_problem(record.path), records)):
+            if message:
+                fix = "check the folder that paths are joined to" if message.startswith("does not exist") else None
+                problems.add(f"{record.path} {message}", record.where, fix)
+
+
+def _file_problem(path: Path) -> str | None:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:  # a loop of links, a name too long, no permission on the folder
+        return f"cannot be opened: {error.strerror or error}"
+    if not os.path.isfile(path):
+        return "is not a file"
+    return "is empty (0 bytes)" if stat.st_size == 0 else None

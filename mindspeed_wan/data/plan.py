@@ -1,0 +1,193 @@
+"""What is taken from each clip: which frames, resized and cropped to which size. Arithmetic only, nothing is decoded.
+
+The rules are those of MindSpeed-MM's data pipeline (its OpensoraplanVideoProcessor), so the same data.json gives the
+same tensors; where its choice is random, ours is drawn from the sample's own generator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mindspeed_wan.data.records import ClipRecord
+from mindspeed_wan.errors import DataError
+
+FrameChoice = Literal["random", "head", "center", "uniform"]
+Shape = tuple[int, int, int]
+"""(frames, height, width) of a training sample."""
+
+MODEL_STRIDE = 16
+"""Sides of a sample are multiples of this: 8 of the VAE times 2 of the DiT's patch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """How clips become samples; the fields of the configuration's ``data`` section that decide it.
+
+    ``frame_choice``: which frames of a clip that is longer than needed: a random or central window, its head, or
+    frames spread evenly over the whole clip.
+    """
+
+    num_frames: int = 49
+    min_num_frames: int = 1
+    frame_interval: int = 1
+    auto_interval: bool = False
+    train_fps: float = 24.0
+    speed_factor: float = 1.0
+    max_height: int = 480
+    max_width: int = 832
+    max_pixels: int = 480 * 832
+    min_pixels: int = 480 * 832 // 4
+    force_resolution: bool = True
+    hw_stride: int = MODEL_STRIDE
+    max_aspect: float = 5.0
+    crop: Literal["center", "random"] = "center"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = False
+    frame_choice: FrameChoice = "random"
+    reader: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    caption_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_frames % 4 != 1:
+            low = max(1, (self.num_frames - 1) // 4 * 4 + 1)
+            raise DataError(f"num_frames is {self.num_frames}; Wan's VAE encodes 4k+1 frames",
+                            fix=f"use {low} or {low + 4}")
+        if self.hw_stride % MODEL_STRIDE:
+            raise DataError(f"hw_stride is {self.hw_stride}; sizes must be multiples of {MODEL_STRIDE}")
+        for name in ("max_height", "max_width"):
+            value = getattr(self, name)
+            if self.force_resolution and value % MODEL_STRIDE:
+                low = value // MODEL_STRIDE * MODEL_STRIDE
+                raise DataError(f"{name} is {value}; sizes must be multiples of {MODEL_STRIDE}",
+                                fix=f"use {low} or {low + MODEL_STRIDE}")
+
+
+@dataclass(frozen=True)
+class FrameWindow:
+    """The frames a clip offers: ``indices`` in the file, ``take`` of them (4k+1) go into a sample."""
+
+    indices: tuple[int, ...]
+    take: int
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """Resize to ``resized``, cut out ``cropped`` (both (height, width)), then resize to ``out`` if that differs."""
+
+    resized: tuple[int, int]
+    cropped: tuple[int, int]
+    out: tuple[int, int]
+
+
+def frame_window(settings: ClipSettings, num_frames: int, fps: float, cut: tuple[int, int] | None) -> FrameWindow:
+    """Return the frames that a clip of ``num_frames`` offers after resampling to the training frame rate.
+
+    Raises:
+        DataError: too short for ``min_num_frames``, or without a frame rate where one is needed.
+    """
+    start, end = cut if cut is not None else (0, num_frames)
+    if end > num_frames:
+        raise DataError(f"cut ends at frame {end} of a clip of {num_frames} frames")
+    interval: float = settings.frame_interval
+    if settings.auto_interval:
+        if fps <= 0:
+            raise DataError("has no frame rate, which auto_interval needs", fix="give fps in the annotation")
+        interval = 1.0 if abs(fps - settings.train_fps) < 0.1 else fps / settings.train_fps
+    count = math.ceil((end - start) / interval)
+    indices = [start + int(i * interval) for i in range(count) if start + int(i * interval) < end]
+    indices = _sped_up(indices, settings)
+    take = min(len(indices), settings.num_frames)
+    take = (take - 1) // 4 * 4 + 1 if take else 0
+    if take < max(1, settings.min_num_frames):
+        raise DataError(
+            f"gives {len(indices)} frames at the training frame rate; min_num_frames is {settings.min_num_frames}"
+        )
+    return FrameWindow(tuple(indices), take)
+
+
+def _sped_up(indices: list[int], settings: ClipSettings) -> list[int]:
+    """Thin the frames out by ``speed_factor``, never below the number that is wanted."""
+    surplus = len(indices) / settings.num_frames
+    if settings.speed_factor <= 1 or surplus <= 1:
+        return indices
+    count = int(len(indices) / min(settings.speed_factor, surplus))
+    if count < 2:
+        return indices[:count]
+    step = (len(indices) - 1) / (count - 1)
+    return [indices[int(i * step)] for i in range(count)]
+
+
+def choose_frames(window: FrameWindow, choice: FrameChoice, draw: float) -> list[int]:
+    """Return the frames of one sample; ``draw`` in [0, 1) places a random window."""
+    surplus = len(window.indices) - window.take
+    if choice == "uniform" and window.take > 1:
+        last = len(window.indices) - 1
+        return [window.indices[i * last // (window.take - 1)] for i in range(window.take)]
+    start = {"random": int(draw * (surplus + 1)), "center": surplus // 2}.get(choice, 0)
+    return list(window.indices[start : start + window.take])
+
+
+def size_plan(settings: ClipSettings, height: int, width: int) -> SizePlan:
+    """Return how a picture of this size is brought to the training size.
+
+    Raises:
+        DataError: its side ratio or size is outside what the settings accept.
+    """
+    return _exact_size(settings, height, width) if settings.force_resolution else _free_size(settings, height, width)
+
+
+def _exact_size(settings: ClipSettings, height: int, width: int) -> SizePlan:
+    """Short side to the target, centre cut at the target's ratio, then exactly the target."""
+    target = (settings.max_height, settings.max_width)
+    ratio = target[0] / target[1]
+    _check_aspect(height / width / ratio, height, width, settings)
+    if height / width < ratio:
+        resized = (target[0], int(target[0] / height * width))
+    else:
+        resized = (int(target[1] / width * height), target[1])
+    if resized[0] / resized[1] > ratio:
+        cropped = (int(resized[1] * ratio), resized[1])
+    else:
+        cropped = (resized[0], int(resized[0] / ratio))
+    return SizePlan(resized, cropped, target)
+
+
+def _free_size(settings: ClipSettings, height: int, width: int) -> SizePlan:
+    """Shrink to at most ``max_pixels`` with the ratio kept, then cut to multiples of the stride."""
+    scale = min(1.0, math.sqrt(settings.max_pixels / (height * width)))
+    resized = (int(height * scale), int(width * scale)) if scale < 1 else (height, width)
+    out = (resized[0] // settings.hw_stride * settings.hw_stride, resized[1] // settings.hw_stride * settings.hw_stride)
+    if out[0] * out[1] < settings.min_pixels or not all(out):
+        raise DataError(f"{height}x{width} becomes {out[0]}x{out[1]}: smaller than min_hxw {settings.min_pixels}")
+    _check_aspect(out[0] / out[1], height, width, settings)
+    return SizePlan(resized, out, out)
+
+
+def _check_aspect(ratio: float, height: int, width: int, settings: ClipSettings) -> None:
+    if not 1 / settings.max_aspect <= ratio <= settings.max_aspect:
+        raise DataError(f"{height}x{width} has a side ratio outside hw_aspect_thr {settings.max_aspect:g}")
+
+
+def sample_shape(settings: ClipSettings, record: ClipRecord) -> Shape:
+    """Return the shape of the samples that a record gives; its frame count, rate and size must be known.
+
+    Raises:
+        DataError: the settings exclude this clip (the message says by which rule).
+    """
+    assert record.num_frames is not None and record.height is not None and record.width is not None
+    height, width = record.height, record.width
+    if record.crop is not None:
+        left, right, top, bottom = record.crop
+        if right > width or bottom > height:
+            raise DataError(f"crop {list(record.crop)} reaches outside the picture of {height}x{width}",
+                            where=record.where)
+        height, width = bottom - top, right - left
+    try:
+        frames = 1 if record.kind == "image" else frame_window(
+            settings, record.num_frames, record.fps or 0.0, record.cut
+        ).take
+        return (frames, *size_plan(settings, height, width).out)
+    except DataError as error:
+        raise DataError(f"{record.path.name} {error.message}", where=record.where, fix=error.fix) from None

@@ -1,0 +1,297 @@
+"""One reader for every video file: which frames there are, and exactly the frames asked for.
+
+Frame ``i`` is the i-th frame in order of presentation, whatever the frame rate does in between. PyAV decodes from the
+start (or from a key frame before the first wanted one) and counts, so it is the reference. decord indexes by time and
+is wrong on files with a variable frame rate; ``auto`` uses it only for files whose timestamps are evenly spaced and
+that are not rotated. torchcodec is used when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mindspeed_wan.errors import DataError, ResourceError
+
+Backend = Literal["auto", "pyav", "decord", "torchcodec"]
+
+_SEEK_FROM = 48
+"""First wanted frame from which PyAV looks for a key frame instead of decoding from the start."""
+_EVEN_SPACING = 0.02
+"""Largest deviation from evenly spaced timestamps, in frames, that still counts as a constant frame rate."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds; sizes are those of the upright picture (rotation applied)."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    rotation: int = 0
+    codec: str = ""
+    constant_rate: bool = True
+
+
+def read_frames(path: Path, indices: Sequence[int], *, backend: Backend = "auto", threads: int = 1) -> np.ndarray:
+    """Decode frames.
+
+    Args:
+        path: the file.
+        indices: wanted frames, ascending (repeats allowed).
+        backend: ``auto`` takes decord where it is installed and exact, else PyAV.
+        threads: decoder threads; 1 when several worker processes decode at once.
+
+    Returns:
+        uint8 [len(indices), H, W, 3] RGB, upright.
+
+    Raises:
+        DataError: the file cannot be decoded, or has fewer frames than asked for.
+        ResourceError: the backend that was asked for is not installed.
+    """
+    if not len(indices):
+        raise DataError("no frames were asked for", where=str(path))
+    chosen = resolve_backend(backend)
+    if chosen == "decord":
+        frames = _read_decord(path, indices, threads, exact_only=backend == "auto")
+        if frames is not None:
+            return frames
+    elif chosen == "torchcodec":
+        return _read_torchcodec(path, indices, threads)
+    return _read_pyav(path, indices, threads)
+
+
+def resolve_backend(backend: Backend) -> str:
+    """Return the decoder that ``backend`` means here.
+
+    Raises:
+        ResourceError: asked for by name and not installed.
+    """
+    if backend == "auto":
+        return "decord" if importlib.util.find_spec("decord") else "pyav"
+    module = {"pyav": "av"}.get(backend, backend)
+    if importlib.util.find_spec(module) is None:
+        package = {"pyav": "av", "decord": "decord2"}.get(backend, backend)
+        raise ResourceError(f"the video reader {backend} is not installed", fix=f"pip install {package}")
+    return backend
+
+
+# ---- PyAV ------------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path, threads: int) -> tuple[Any, Any]:
+    """Open a file; returns (container, video stream)."""
+    try:
+        import av
+    except ImportError:
+        raise ResourceError("PyAV is not installed", fix="pip install 'mindspeed-wan[train]' (or pip install av)"
+                            ) from None
+    av.logging.set_level(None)
+    try:
+        container = av.open(str(path), mode="r", metadata_errors="ignore")
+    except Exception as error:  # FFmpeg's errors are classes of many bases
+        raise DataError(f"cannot open: {_reason(error)}", where=str(path)) from None
+    if not container.streams.video:
+        container.close()
+        raise DataError("has no video stream" + (", only audio" if container.streams.audio else ""), where=str(path))
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = threads
+    stream.thread_type = "AUTO" if threads != 1 else "SLICE"
+    return container, stream
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).strip().splitlines()[0]
+
+
+def probe(path: Path) -> VideoInfo:
+    """Return what a video file holds, without decoding more than one frame.
+
+    The packets are counted, because the number in the header is often missing or wrong.
+
+    Raises:
+        DataError: not a video, or damaged so that not even its first frame decodes.
+    """
+    container, stream = _open(path, 1)
+    with container:
+        first = _first_frame(container, stream, path)
+        rotation = _rotation(first, stream)
+        times = _presentation_times(container, stream, path)
+        height, width = (first.width, first.height) if rotation in (90, 270) else (first.height, first.width)
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        return VideoInfo(
+            num_frames=len(times), fps=fps, height=height, width=width, rotation=rotation,
+            codec=stream.codec_context.name, constant_rate=_evenly_spaced([t[0] for t in times]),
+        )
+
+
+def _first_frame(container: Any, stream: Any, path: Path) -> Any:
+    try:
+        return next(container.decode(stream))
+    except StopIteration:
+        raise DataError("holds no frame", where=str(path)) from None
+    except Exception as error:
+        raise DataError(f"cannot decode the first frame: {_reason(error)}", where=str(path)) from None
+
+
+def _presentation_times(container: Any, stream: Any, path: Path) -> list[tuple[int, bool]]:
+    """Return (timestamp, is key frame) of every shown frame, in order of presentation, from packet headers alone."""
+    try:
+        container.seek(0, stream=stream, backward=True, any_frame=False)
+        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    except Exception as error:
+        raise DataError(f"damaged: {_reason(error)}", where=str(path)) from None
+    stamps = [(p.pts if p.pts is not None else p.dts, bool(p.is_keyframe)) for p in packets]
+    if any(stamp is None for stamp, _ in stamps):
+        return [(number, key) for number, (_, key) in enumerate(stamps)]
+    return sorted(stamps)
+
+
+def _evenly_spaced(stamps: Sequence[float]) -> bool:
+    """True when timestamps rise by equal steps (to the rounding of the file's clock)."""
+    if len(stamps) < 3:
+        return True
+    times = np.asarray(stamps, np.float64)
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    if step <= 0:
+        return False
+    deviation = np.abs(times - times[0] - step * np.arange(len(times)))
+    # Clocks count in whole ticks; a step of 33.37 ticks shows as 33 and 34.
+    return bool(deviation.max() <= max(1.0, _EVEN_SPACING * step))
+
+
+def _rotation(frame: Any, stream: Any) -> int:
+    """Return by how many degrees counter-clockwise the picture must be turned: 0, 90, 180 or 270."""
+    angle = getattr(frame, "rotation", 0) or 0
+    return round(angle / 90) * 90 % 360
+
+
+def _upright(array: np.ndarray, rotation: int) -> np.ndarray:
+    """Turn frames [F, H, W, 3] counter-clockwise by ``rotation`` degrees."""
+    return np.ascontiguousarray(np.rot90(array, rotation // 90, axes=(1, 2))) if rotation else array
+
+
+def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
+    wanted = list(indices)
+    container, stream = _open(path, threads)
+    with container:
+        position = _seek_near(container, stream, path, wanted[0]) if wanted[0] >= _SEEK_FROM else 0
+        frames: list[np.ndarray] = []
+        rotation = 0
+        try:
+            for frame in container.decode(stream):
+                if position == wanted[len(frames)]:
+                    rotation = _rotation(frame, stream)
+                    picture = frame.to_ndarray(format="rgb24")
+                    while len(frames) < len(wanted) and wanted[len(frames)] == position:
+                        frames.append(picture)
+                    if len(frames) == len(wanted):
+                        break
+                position += 1
+        except Exception as error:
+            raise DataError(f"cannot decode frame {position}: {_reason(error)}", where=str(path)) from None
+    if len(frames) < len(wanted):
+        raise DataError(f"has {position} frames, frame {wanted[len(frames)]} was asked for", where=str(path),
+                        fix="correct num_frames or cut in the annotation")
+    if len({picture.shape for picture in frames}) > 1:
+        raise DataError("the picture size changes within the file", where=str(path))
+    return _upright(np.stack(frames), rotation)
+
+
+def _seek_near(container: Any, stream: Any, path: Path, first: int) -> int:
+    """Seek to the last key frame at or before frame ``first``; returns the number of the next decoded frame."""
+    times = _presentation_times(container, stream, path)
+    keys = [number for number, (_, is_key) in enumerate(times[: first + 1]) if is_key]
+    # Frames shown before a key frame but coded after it (an open group of pictures) would be lost by the seek, so one
+    # group earlier is taken, and the first decoded timestamp tells where the decoder really is.
+    start = keys[-2] if len(keys) > 1 else 0
+    stamps = [stamp for stamp, _ in times]
+    container.seek(stamps[start], stream=stream, backward=True, any_frame=False)
+    try:
+        landed = next(container.decode(stream)).pts
+    except Exception:
+        landed = None
+    if landed not in stamps:
+        start = 0
+    else:
+        start = stamps.index(landed)
+    container.seek(stamps[start], stream=stream, backward=True, any_frame=False)
+    return start
+
+
+# ---- decord and torchcodec -------------------------------------------------------------------------------------------
+
+
+def _read_decord(path: Path, indices: Sequence[int], threads: int, *, exact_only: bool) -> np.ndarray | None:
+    """Decode with decord; ``None`` when ``exact_only`` and decord cannot be trusted with this file."""
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(str(path), num_threads=threads)
+        if exact_only and not _decord_is_exact(reader, path):
+            return None
+        if indices[-1] >= len(reader):
+            if exact_only:
+                return None  # PyAV counts for itself and words the error
+            raise DataError(f"has {len(reader)} frames, frame {indices[-1]} was asked for", where=str(path))
+        return np.asarray(reader.get_batch(list(indices)).asnumpy())
+    except DataError:
+        raise
+    except Exception as error:
+        if exact_only:
+            return None
+        raise DataError(f"decord cannot decode it: {_reason(error)}", where=str(path)) from None
+
+
+def _decord_is_exact(reader: Any, path: Path) -> bool:
+    stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    if len(stamps) > 2:
+        step = float(stamps[-1] - stamps[0]) / (len(stamps) - 1)
+        even = step > 0 and bool(np.abs(np.diff(stamps) - step).max() < 0.25 * step)
+        if not even:
+            return False
+    container, stream = _open(path, 1)
+    with container:
+        return _rotation(_first_frame(container, stream, path), stream) == 0
+
+
+def _read_torchcodec(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
+    from torchcodec.decoders import VideoDecoder
+
+    try:
+        decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact")
+        return np.asarray(decoder.get_frames_at(indices=list(indices)).data.numpy())
+    except Exception as error:
+        raise DataError(f"torchcodec cannot decode it: {_reason(error)}", where=str(path)) from None
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image as a clip of one frame: uint8 [1, H, W, 3] RGB, turned upright by its EXIF orientation.
+
+    Transparent pixels are put on white; a moving image gives its first frame.
+
+    Raises:
+        DataError: not an image, damaged, or too large to be real.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                layer = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+            return np.asarray(image.convert("RGB"))[None].copy()
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise DataError(f"cannot read the image: {_reason(error)}", where=str(path)) from None
