@@ -43,15 +43,10 @@ def _explain(
     """Yield one error per place; the branches of a union (int or "auto") are folded into one."""
     places: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
-        loc = tuple(item["loc"])
-        if item["type"] == "missing":
-            place = loc
-        else:
-            place = loc
-            while place and not document.has(place):  # union branches put their own names into loc
-                place = place[:-1]
-        places.setdefault(place, []).append(item)
+        places.setdefault(_place(item, document), []).append(item)
     for place, items in places.items():
+        if any(other[: len(place)] == place for other in places if len(other) > len(place)):
+            continue  # another branch of a union, which the user did not mean: the mistake is inside the value
         if any(item["type"] == "extra_forbidden" for item in items):
             yield unknown_key(kind, document, place)
         elif items[0]["type"] == "missing":
@@ -61,6 +56,15 @@ def _explain(
             wanted = " or ".join(dict.fromkeys(wanted_text(item) for item in items))
             message = f"{dotted(place)} = {_show(_input(document.value, place))}: {wanted}"
             yield ConfigError(message, where=document.where(place), fix=why.get(dotted(place)))
+
+
+def _place(item: Any, document: Document) -> KeyPath:
+    """Return the key path of an error as the file has it; pydantic also puts the names of union branches into it."""
+    place: KeyPath = ()
+    for part in item["loc"]:
+        if document.has((*place, part)):
+            place = (*place, part)
+    return (*place, item["loc"][-1]) if item["type"] == "missing" else place
 
 
 def unknown_key(kind: type[BaseModel], document: Document, place: KeyPath) -> ConfigError:
