@@ -102,7 +102,8 @@ def write_inputs(walk: Walk) -> None:
     from mindspeed_wan.demo.model_folder import write_model_folder
 
     write_model_folder(walk.model, task="t2v", seed=walk.seed)
-    write_clips(walk.data, num_clips=8, size=(64, 96), num_frames=17, fps=16, seed=walk.seed)
+    write_clips(walk.data, num_clips=8, size=(64, 96), num_frames=17, fps=16, seed=walk.seed,
+                tokenizer=walk.model / "tokenizer")
     for expert in EXPERTS:
         _write_model_json(walk, expert)
 
@@ -216,7 +217,7 @@ def describe(walk: Walk) -> str:
 
 def _write_model_json(walk: Walk, expert: str) -> None:
     """Write the shipped A14B model file with the tiny model's sizes and paths in place of the real ones."""
-    from mindspeed_wan.config.load import read_json
+    from mindspeed_wan.config.documents import read_json
     from mindspeed_wan.models.wan.config import WanConfig
 
     source = walk.repository / "examples" / "wan2.2" / "A14B" / "t2v" / f"pretrain_model_{expert}.json"
