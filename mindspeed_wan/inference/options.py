@@ -140,11 +140,15 @@ class GenerateOptions:
             conditioning=self.conditioning or ("videox" if task.startswith("inp") else "official"),
         )
 
-    def check(self, *, num_heads: int | None = None) -> None:
-        """Raise one ``ConfigError`` that lists everything that cannot be run, each with what would be legal."""
+    def check(self, *, num_heads: int | None = None, whole_list: bool = True) -> None:
+        """Raise one ``ConfigError`` that lists everything that cannot be run, each with what would be legal.
+
+        ``whole_list`` says that ``prompts`` are all there will be, so that every replica must get one.
+        """
+        videos = len(self.prompts) * self.videos_per_prompt if whole_list and self.prompts else None
         raise_problems(
             [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(), *self._prompt_problems(),
-             *self.layout.problems(num_heads, len(self.prompts) * self.videos_per_prompt or None)]
+             *self.layout.problems(num_heads, videos)]
         )
 
     def _choice_problems(self) -> list[str]:

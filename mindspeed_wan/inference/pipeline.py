@@ -110,7 +110,7 @@ class WanGenerator:
         """Recognise the weights that ``options`` name, check everything, and join the job."""
         folder = recognise(options)
         options = with_folder_defaults(options, folder)
-        options.check(num_heads=folder.config.num_heads)
+        options.check(num_heads=folder.config.num_heads, whole_list=False)
         platform = get_platform(options.device)
         return cls(folder, options, start(platform, options.layout, options.timeout_minutes))
 
@@ -136,7 +136,7 @@ class WanGenerator:
                           last_images=(last_image,) if last_image else ())
         if seed is not None:
             options = replace(options, base_seed=seed)
-        options.check(num_heads=self.folder.config.num_heads)
+        options.check(num_heads=self.folder.config.num_heads, whole_list=False)
         return self.generate(options.jobs()[0], options, decode=decode, on_progress=on_progress)
 
     def generate(
