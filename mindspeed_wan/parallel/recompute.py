@@ -7,8 +7,10 @@ need no gradient (a frozen embedding under LoRA) do not switch it off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,8 +62,8 @@ def recompute(module: nn.Module) -> None:
     module.forward = partial(_forward, module.forward)  # type: ignore[method-assign]
 
 
-def _forward(forward: object, *args: object, **kwargs: object) -> object:
+def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)  # type: ignore[operator]
+        return forward(*args, **kwargs)
     # The DiT draws no random numbers, so there is no generator state to save and restore.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
-from mindspeed_wan.models.wan.provider import StateDictSource, build_wan, load_weights
-from mindspeed_wan.models.wan.views import global_view
+from mindspeed_wan.models.wan.provider import build_wan
+from mindspeed_wan.models.wan.views import global_view, global_views, local_slices
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.grads import finish_grads
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups, destroy
@@ -77,7 +77,7 @@ def distributed_step(
     platform = get_platform("cpu")
     groups = build_groups(ParallelDims(world_size=world_size, **layout.dims), platform)
     model = build_wan(config, groups=groups, platform=platform, fsdp2=layout.fsdp2, recompute=layout.recompute)
-    load_weights(model, StateDictSource(weights), groups)
+    fill(model, weights, groups)
     output, loss = local_loss(model, groups, batch)
     loss.backward()
     norm = finish_grads(model, groups, max_norm)
@@ -86,6 +86,16 @@ def distributed_step(
     step = Step(mean.item() / world_size, norm, gathered_grads(model, groups), output.detach())
     destroy()
     return step
+
+
+def fill(model: WanDiT, weights: dict[str, Tensor], groups: ParallelGroups) -> None:
+    """Copy this rank's slices of ``weights`` into the model."""
+    views = global_views(model, groups)
+    assert views.keys() == weights.keys()
+    for name, view in views.items():
+        local, index = local_slices(view)
+        if local.numel():
+            local.copy_(weights[name][index])
 
 
 def local_loss(model: WanDiT, groups: ParallelGroups, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ parallelism; inside a region a rank has all L tokens and 1/tp of the heads or hi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -121,28 +122,29 @@ class MegatronLayers:
     def __init__(
         self, config: WanConfig, group: dist.ProcessGroup, *, sequence_parallel: bool, param_dtype: torch.dtype
     ) -> None:
-        from megatron.core.transformer.transformer_config import TransformerConfig
-
         self.group = group
         self.tensor_size = group.size()
         self.sequence_parallel = sequence_parallel
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron speaks of kernels and graphs that are not used here
+            # Column layers get tokens that `enter` has already assembled: sequence parallelism is off for them.
+            self._column_config = self._megatron_config(config, param_dtype, sequence_parallel=False)
+            self._row_config = self._megatron_config(config, param_dtype, sequence_parallel=sequence_parallel)
 
-        def megatron_config(sequence_parallel: bool) -> Any:
-            return TransformerConfig(
-                num_layers=config.num_layers,
-                hidden_size=config.dim,
-                ffn_hidden_size=config.ffn_dim,
-                num_attention_heads=config.num_heads,
-                tensor_model_parallel_size=self.tensor_size,
-                sequence_parallel=sequence_parallel,
-                params_dtype=param_dtype,
-                use_cpu_initialization=True,  # create parameters on the ambient device (meta), not on cuda
-                perform_initialization=False,  # weights are loaded, or drawn by the provider
-            )
+    def _megatron_config(self, config: WanConfig, param_dtype: torch.dtype, *, sequence_parallel: bool) -> Any:
+        from megatron.core.transformer.transformer_config import TransformerConfig
 
-        # Column layers get tokens that `enter` has already assembled, so sequence parallelism is off for them.
-        self._column_config = megatron_config(False)
-        self._row_config = megatron_config(sequence_parallel)
+        return TransformerConfig(
+            num_layers=config.num_layers,
+            hidden_size=config.dim,
+            ffn_hidden_size=config.ffn_dim,
+            num_attention_heads=config.num_heads,
+            tensor_model_parallel_size=self.tensor_size,
+            sequence_parallel=sequence_parallel,
+            params_dtype=param_dtype,
+            use_cpu_initialization=True,  # create parameters on the ambient device (meta), not on cuda
+            perform_initialization=False,  # weights are loaded, or drawn by the provider
+        )
 
     def column(self, in_features: int, out_features: int) -> nn.Module:
         """Return a ColumnParallelLinear; ``enter`` or ``share`` does its communication."""

@@ -71,13 +71,15 @@ class TextContext:
         return self._map(lambda t: t.expand(-1, batch, -1, -1))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TextContext:
-        return TextContext(tuple(TextKV(*(None if t is None else function(t) for t in kv)) for kv in self.blocks))
+        return TextContext(
+            tuple(TextKV._make(None if t is None else function(t) for t in kv) for kv in self.blocks)
+        )
 
     @staticmethod
     def cat(contexts: list[TextContext]) -> TextContext:
         """Return one context with the prompts of all (conditional and unconditional in one batch)."""
         blocks = zip(*(context.blocks for context in contexts))
-        return TextContext(tuple(TextKV(*map(_cat_batch, zip(*kvs))) for kvs in blocks))
+        return TextContext(tuple(TextKV._make(map(_cat_batch, zip(*kvs))) for kvs in blocks))
 
 
 def _cat_batch(tensors: tuple[Tensor | None, ...]) -> Tensor | None:

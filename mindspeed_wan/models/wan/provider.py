@@ -1,20 +1,18 @@
 """From a configuration to a DiT on ranks with weights in it. No rank ever holds the whole expert.
 
 The model is built on the meta device (shapes only), cut by tensor parallelism and FSDP2, and only then given memory;
-weights are read, or drawn, one local shard at a time.
+weights are read (``checkpoint.weights``), or drawn, one local shard at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mindspeed_wan.errors import CheckpointError, nearest
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.layers import Layers, LocalLayers, MegatronLayers
 from mindspeed_wan.models.wan.model import WanDiT
@@ -70,8 +68,9 @@ def build_wan(
         ).to(param_dtype)
         if modify is not None:
             modify(model)
-    if recompute is None and fsdp2 is not None and getattr(fsdp2, "recompute_modules", ()):
-        recompute = RecomputePlan(patterns=tuple(fsdp2.recompute_modules))  # type: ignore[attr-defined]
+    patterns = tuple(getattr(fsdp2, "recompute_modules", ()))
+    if recompute is None and patterns:
+        recompute = RecomputePlan(patterns=patterns)
     parallelize(
         model, groups=groups, platform=platform, recompute=recompute, compile_blocks=compile_blocks, fsdp2=fsdp2
     )
@@ -87,85 +86,6 @@ def _layers(config: WanConfig, groups: ParallelGroups, param_dtype: torch.dtype)
     return MegatronLayers(
         config, groups.tp, sequence_parallel=groups.dims.sequence_parallel, param_dtype=param_dtype
     )
-
-
-class WeightSource(Protocol):
-    """Where weights come from: a folder of safetensors, a state dict, a checkpoint. Names are the model's (``mm``)."""
-
-    def names(self) -> Iterable[str]:
-        """Return every parameter name in the source."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the global shape of a parameter."""
-        ...
-
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """Return ``tensor[index]`` of a parameter; only these bytes should be read."""
-        ...
-
-
-class StateDictSource:
-    """Weights that are already in memory."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights = weights
-
-    def names(self) -> Iterable[str]:
-        """Return the keys."""
-        return self.weights
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the tensor's shape."""
-        return tuple(self.weights[name].shape)
-
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """Return a view."""
-        return self.weights[name][index]
-
-
-@torch.no_grad()
-def load_weights(model: WanDiT, source: WeightSource, groups: ParallelGroups | None = None) -> None:
-    """Fill ``model`` from ``source``; every rank reads only its own slices. Values are cast to the model's dtype.
-
-    Raises:
-        CheckpointError: a parameter is missing, unknown, or of another shape; up to ten names are listed.
-    """
-    views = global_views(model, groups)
-    check_names(views, source.names())
-    for name, view in views.items():
-        if tuple(view.shape) != tuple(source.shape(name)):
-            raise CheckpointError(
-                f"{name} has shape {tuple(source.shape(name))} in the weights but {tuple(view.shape)} in the model",
-                fix="check that the weights belong to this task and size (in_channels 16 is T2V, 36 is I2V)",
-            )
-        local, index = local_slices(view)
-        if local.numel():
-            local.copy_(source.read(name, index))
-
-
-def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raise ``CheckpointError`` unless both hold the same names; lists up to ten, each with the nearest known one."""
-    wanted, present = set(expected), set(found)
-    missing, unknown = sorted(wanted - present), sorted(present - wanted)
-    if not missing and not unknown:
-        return
-    parts = []
-    for what, names, others in (("missing", missing, present), ("unknown", unknown, wanted)):
-        if names:
-            shown = [f"{name}{_hint(name, others)}" for name in names[:10]]
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            parts.append(f"{len(names)} {what}: {', '.join(shown)}{more}")
-    raise CheckpointError(
-        f"weights do not fit the model; {'; '.join(parts)}",
-        fix="check the format (convert with mm-convert), the task, and the number of layers",
-    )
-
-
-def _hint(name: str, others: set[str]) -> str:
-    # difflib is quadratic: compare with names of the same length class only
-    close = nearest(name, [o for o in others if abs(len(o) - len(name)) <= 8][:2000], limit=1)
-    return f" (near {close[0]})" if close else ""
 
 
 @torch.no_grad()
