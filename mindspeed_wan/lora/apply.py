@@ -1,0 +1,276 @@
+"""Adapters of a whole model: put them on before training, load several at once for inference, weigh, unload, export.
+
+Training: ``add_adapter`` inside ``build_wan(modify=...)`` (meta device, before FSDP2), then load the base weights into
+``split_views(...)[0]``, then ``init_adapter`` or ``fill_adapter``. Inference: ``load_adapter`` on the finished model.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mindspeed_wan.diffusion import randomness
+from mindspeed_wan.errors import CheckpointError, ConfigError
+from mindspeed_wan.lora.formats.file import Adapter, LoraFile
+from mindspeed_wan.lora.layers import LORA_A, LORA_B, LoraHook, Setting, adapt, hook_of
+from mindspeed_wan.lora.spec import AdapterSize, LinearModule, LoraSpec, linear_modules
+from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.models.wan.views import global_view, global_views, local_slices
+from mindspeed_wan.parallel.groups import ParallelGroups
+
+DEFAULT_NAME = "default"
+_FACTOR = re.compile(rf"^(?P<module>.+)\.({LORA_A}|{LORA_B})\.(?P<adapter>[^.]+)\.weight$")
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+def add_adapter(model: WanDiT, spec: LoraSpec, name: str = DEFAULT_NAME) -> dict[str, AdapterSize]:
+    """Put trainable adapters on ``model`` and freeze everything else; returns their sizes by module.
+
+    The factors take the device (usually meta) and dtype of the layer's weight and are not initialised.
+    """
+    sizes = spec.resolve(model.config)
+    _check_name(model, name)
+    model.requires_grad_(False)
+    for mm, size in sizes.items():
+        module, hook = _adapted(model, mm)
+        weight = module.weight
+        down, up = (torch.empty(shape, dtype=weight.dtype, device=weight.device)  # type: ignore[arg-type, call-overload]
+                    for shape in hook.local_shapes(size.rank))
+        hook.add(module, name, down, up, Setting(size.scale, dropout=spec.dropout), trainable=True)
+        _register_layout(model, mm, name, hook)
+    return sizes
+
+
+@torch.no_grad()
+def init_adapter(model: WanDiT, seed: int, groups: ParallelGroups | None = None, name: str = DEFAULT_NAME) -> None:
+    """Initialise an adapter as PEFT does: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B zero.
+
+    The values depend on (seed, module name) only, never on the layout.
+    """
+    for parameter, view in adapter_views(model, groups, name).items():
+        local, index = local_slices(view)
+        if f".{LORA_B}." in parameter:
+            local.zero_()
+        elif local.numel():
+            rank, in_features = view.shape
+            uniform = randomness.uniform(rank * in_features, seed=seed, sample_index=0, stream=f"lora/{parameter}")
+            values = (uniform * 2 - 1).reshape(rank, in_features) / in_features**0.5
+            local.copy_(values[index])
+
+
+@torch.no_grad()
+def fill_adapter(
+    model: WanDiT, lora: LoraFile, groups: ParallelGroups | None = None, name: str = DEFAULT_NAME
+) -> None:
+    """Start training from an adapter file: it must have exactly the modules and ranks of the run.
+
+    A file's scale may differ from the run's: B is multiplied by the ratio, so the model computes the same.
+    """
+    hooks = dict(_hooks(model, name))
+    if hooks.keys() != lora.adapters.keys():
+        extra, missing = sorted(lora.adapters.keys() - hooks.keys()), sorted(hooks.keys() - lora.adapters.keys())
+        raise CheckpointError(f"the adapter file and the run have other modules: {len(extra)} only in the file "
+                              f"{extra[:3]}, {len(missing)} only in the run {missing[:3]}",
+                              fix="set --lora-target-modules as the adapter was trained")
+    if lora.diffs:
+        raise CheckpointError("an adapter with plain differences cannot be trained further", fix="merge it first")
+    views = adapter_views(model, groups, name)
+    for mm, adapter in lora.adapters.items():
+        ratio = adapter.scale / hooks[mm].settings[name].scale
+        for part, tensor in ((LORA_A, adapter.down), (LORA_B, adapter.up * ratio if ratio != 1.0 else adapter.up)):
+            view = views[f"{mm}.{part}.{name}.weight"]
+            if view.shape != tensor.shape:
+                raise CheckpointError(f"{mm}: rank {adapter.rank} in the file, another one in the run "
+                                      f"({list(view.shape)} instead of {list(tensor.shape)})",
+                                      fix="set --lora-r as the adapter was trained")
+            local, index = local_slices(view)
+            local.copy_(tensor[index])
+
+
+def adapter_views(model: WanDiT, groups: ParallelGroups | None = None, name: str | None = None) -> dict[str, Tensor]:
+    """Return the factors (of one adapter, or of all) as pieces of their global tensors: what checkpoints hold."""
+    return {
+        parameter: view
+        for parameter, view in global_views(model, groups).items()
+        if is_factor(parameter) and (name is None or _FACTOR.match(parameter)["adapter"] == name)  # type: ignore[index]
+    }
+
+
+def split_views(views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split ``global_views`` into (base parameters, adapter factors)."""
+    base = {name: view for name, view in views.items() if not is_factor(name)}
+    return base, {name: view for name, view in views.items() if name not in base}
+
+
+def is_factor(parameter: str) -> bool:
+    """Tell whether a parameter name is an adapter's factor."""
+    return _FACTOR.match(parameter) is not None
+
+
+# ---- inference --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_adapter(
+    model: WanDiT, lora: LoraFile, name: str, *, weight: float = 1.0, groups: ParallelGroups | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put an adapter file on a finished model, beside others; each tensor rank keeps its part.
+
+    Args:
+        name: handle for ``set_weight`` and ``unload``.
+        weight: strength; plain differences are added to the parameters times this weight.
+        dtype: of the factors; default that of the layer's weight.
+    """
+    _check_name(model, name)
+    _apply_diffs(model, lora, name, weight, groups)
+    for mm, adapter in lora.adapters.items():
+        module, hook = _adapted(model, mm)
+        base: Tensor = module.weight  # type: ignore[assignment]
+        layouts = hook.layouts()
+        parts = []
+        for tensor, layout, shape in zip((adapter.down, adapter.up), layouts, hook.local_shapes(adapter.rank)):
+            local = torch.empty(shape, dtype=dtype or base.dtype, device=_device(base))
+            _, index = local_slices(global_view(local, layout, groups))
+            parts.append(local.copy_(tensor[index]))
+        down, up = parts
+        hook.add(module, name, down, up, Setting(adapter.scale, weight), trainable=False)
+        _register_layout(model, mm, name, hook)
+    _forget_compiled()
+
+
+def set_weight(model: WanDiT, name: str, weight: float) -> None:
+    """Change the strength of a loaded adapter; 0 switches it off at no cost."""
+    hooks, saved = list(_hooks(model, name)), _saved_diffs(model).get(name)
+    if not hooks and saved is None:
+        raise _unknown(model, name)
+    if saved is not None:
+        raise ConfigError(f"adapter {name!r} has plain differences in the parameters, whose weight is fixed at loading",
+                          fix="unload it and load it again with another weight")
+    for _, hook in hooks:
+        hook.settings[name].weight = weight
+
+
+@torch.no_grad()
+def unload(model: WanDiT, name: str) -> None:
+    """Take an adapter off; the model is bit for bit what it was before ``load_adapter``."""
+    hooks, saved = list(_hooks(model, name)), _saved_diffs(model).pop(name, None)
+    if not hooks and saved is None:
+        raise _unknown(model, name)
+    for mm, hook in hooks:
+        hook.remove(model.get_submodule(mm), name)
+        for part in (LORA_A, LORA_B):
+            model.param_layout.pop(f"{mm}.{part}.{name}.weight", None)
+    for parameter, original in (saved or {}).items():
+        _local(model.get_parameter(parameter)).copy_(original)
+    _forget_compiled()
+
+
+def adapter_names(model: WanDiT) -> list[str]:
+    """Return the names of all adapters on the model, in loading order."""
+    found = dict.fromkeys(name for _, hook in _all_hooks(model) for name in hook.settings)
+    return list(dict.fromkeys([*found, *_saved_diffs(model)]))
+
+
+def export_adapter(model: WanDiT, groups: ParallelGroups | None = None, name: str = DEFAULT_NAME) -> LoraFile:
+    """Return an adapter in whole tensors on the CPU. A collective: every rank must call it, every rank gets it."""
+    views = adapter_views(model, groups, name)
+    if not views:
+        raise _unknown(model, name)
+
+    def whole(parameter: str) -> Tensor:
+        view = views[parameter]
+        return (view.full_tensor() if isinstance(view, DTensor) else view).detach().cpu().clone()
+
+    adapters = {}
+    for mm, hook in _hooks(model, name):
+        down, up = whole(f"{mm}.{LORA_A}.{name}.weight"), whole(f"{mm}.{LORA_B}.{name}.weight")
+        adapters[mm] = Adapter(down, up, hook.settings[name].scale * down.shape[0])
+    return LoraFile(adapters)
+
+
+# ---- plain differences ------------------------------------------------------------------------------------------
+
+
+def _apply_diffs(model: WanDiT, lora: LoraFile, name: str, weight: float, groups: ParallelGroups | None) -> None:
+    if not lora.diffs:
+        return
+    saved: dict[str, Tensor] = {}
+    for parameter, diff in lora.diffs.items():
+        target = model.get_parameter(parameter)
+        local, index = local_slices(global_view(target.detach(), model.param_layout[parameter], groups))
+        if any(parameter in others for others in _saved_diffs(model).values()):
+            raise ConfigError(f"two adapters change {parameter}", fix="merge one of them into the weights first")
+        saved[parameter] = local.clone()
+        local.add_(diff[index].to(local.device, torch.float32) * weight)
+    _saved_diffs(model)[name] = saved
+
+
+def _saved_diffs(model: WanDiT) -> dict[str, dict[str, Tensor]]:
+    """Original local values of parameters that adapters changed, by adapter: unloading restores the exact bits."""
+    return model.__dict__.setdefault("_lora_saved_parameters", {})
+
+
+# ---- shared -----------------------------------------------------------------------------------------------------
+
+
+def _adapted(model: WanDiT, mm: str) -> tuple[nn.Module, LoraHook]:
+    module = model.get_submodule(mm)
+    return module, adapt(module, linear_modules_of(model)[mm], model.layers)
+
+
+def linear_modules_of(model: WanDiT) -> dict[str, LinearModule]:
+    """Return ``linear_modules`` of the model's configuration (kept with the model: the table has 406 rows)."""
+    cached = model.__dict__.get("_lora_linear_modules")
+    if cached is None:
+        cached = model.__dict__["_lora_linear_modules"] = linear_modules(model.config)
+    return cached
+
+
+def _all_hooks(model: WanDiT) -> Iterator[tuple[str, LoraHook]]:
+    for mm in linear_modules_of(model):
+        hook = hook_of(model.get_submodule(mm))
+        if hook is not None:
+            yield mm, hook
+
+
+def _hooks(model: WanDiT, name: str) -> Iterator[tuple[str, LoraHook]]:
+    return ((mm, hook) for mm, hook in _all_hooks(model) if name in hook.settings)
+
+
+def _register_layout(model: WanDiT, mm: str, name: str, hook: LoraHook) -> None:
+    for part, layout in zip((LORA_A, LORA_B), hook.layouts()):
+        model.param_layout[f"{mm}.{part}.{name}.weight"] = layout
+
+
+def _check_name(model: WanDiT, name: str) -> None:
+    if not re.fullmatch(r"\w+", name):
+        raise ConfigError(f"adapter name {name!r}", fix="use letters, digits and underscores")
+    if name in adapter_names(model):
+        raise ConfigError(f"an adapter called {name!r} is already there", fix="unload it or choose another name")
+
+
+def _unknown(model: WanDiT, name: str) -> ConfigError:
+    return ConfigError(f"no adapter is called {name!r}", fix=f"loaded: {', '.join(adapter_names(model)) or 'none'}")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return _local(tensor).device
+
+
+def _forget_compiled() -> None:
+    """Compiled blocks do not look for new hooks; make them trace again."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it costs 2 s; without it nothing is compiled
+    if dynamo is not None:
+        dynamo.reset()
