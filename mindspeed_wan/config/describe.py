@@ -106,7 +106,7 @@ def _memory(config: RunConfig) -> str:
     elif recompute.granularity == "none":
         kept = "activations kept"
     else:
-        kept = f"recompute {recompute.granularity} ({recompute.method}, {recompute.num_layers})"
+        kept = f"recompute {'all' if recompute.method == 'uniform' else f'the first {recompute.num_layers}'} blocks"
     ema = f", EMA {training.ema_decay:g}" if training.ema_decay else ""
     return f"{training.precision} compute, fp32 master weights, {kept}{ema}"
 

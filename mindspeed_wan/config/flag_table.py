@@ -19,7 +19,8 @@ class Flag:
     """One row.
 
     ``kind``: switch takes no value and sets ``value``; texts takes one or more. ``reason``: why a flag is noted or
-    refused, and what to use instead. ``accepts``: values of a refused flag that mean what happens here anyway.
+    refused (or why its ``choices`` are so few), and what to use instead. ``accepts``: values of a refused flag that
+    mean what happens here anyway. ``own``: not one of Megatron's or MindSpeed-MM's.
     """
 
     name: str
@@ -99,15 +100,11 @@ PRECISION = _group(
     Flag("--bf16", "switch", "extra.precision", "compute in bf16 (master weights and reduction: fp32)", value="bf16"),
     Flag("--downcast-to-bf16", "switch", "extra.precision", "the same as --bf16", value="bf16"),
     Flag("--fp32", "switch", "extra.precision", "compute in fp32, whatever the files say", value="fp32", own=True),
-    Flag("--recompute-granularity", "text", "training.recompute.granularity",
-         "recompute whole blocks, or all but attention", choices=("full", "selective")),
-    Flag("--recompute-method", "text", "training.recompute.method",
-         "one checkpoint per group of blocks, or the first blocks only", choices=("uniform", "block")),
-    ("--recompute-num-layers", "int", "training.recompute.num_layers", "blocks per group, or how many first blocks"),
-    Flag("--recompute-activations", "switch", "training.recompute.granularity",
-         "the same as --recompute-granularity selective", value="selective"),
-    Flag("--recompute-skip-core-attention", "switch", "training.recompute.granularity",
-         "the same as --recompute-granularity selective", value="selective"),
+    Flag("--recompute-granularity", "text", "training.recompute.granularity", "recompute blocks in the backward pass",
+         choices=("full",), reason="use full; keeping attention is not available"),
+    Flag("--recompute-method", "text", "training.recompute.method", "every block, or the first ones only",
+         choices=("uniform", "block")),
+    ("--recompute-num-layers", "int", "training.recompute.num_layers", "how many first blocks, with block"),
     Flag("--deterministic", "switch", "training.deterministic", "same job, same bits (slower)", own=True),
     ("--deterministic-mode", "switch", "training.deterministic", "Megatron's name for --deterministic"),
     ("--use-deter-comp", "switch", "training.deterministic", "MindSpeed-MM's name for --deterministic"),
@@ -152,11 +149,9 @@ CHECKPOINT = _group(
     Flag("--from-scratch", "switch", "checkpoint.from_scratch", "start from random weights on purpose", own=True),
     ("--finetune", "switch", "checkpoint.finetune", "take the weights of --load only; start at iteration 0"),
     ("--no-load-optim", "switch", "checkpoint.no_load_optim", "do not load optimizer state"),
-    ("--no-load-rng", "switch", "checkpoint.no_load_rng", "recorded; randomness follows from seed and position"),
     ("--no-save-optim", "switch", "checkpoint.no_save_optim", "smaller checkpoints that cannot be resumed exactly"),
-    ("--no-save-rng", "switch", "checkpoint.no_save_rng", "recorded; there is no generator state to save"),
-    Flag("--ckpt-format", "text", "checkpoint.ckpt_format", "sharded folder, or MindSpeed-MM's mp_rank files",
-         choices=("torch_dcp", "torch")),
+    Flag("--ckpt-format", "text", "checkpoint.ckpt_format", "format of saves; --load reads every format",
+         choices=("torch_dcp",), reason="save torch_dcp; mm-convert dcp_to_mm makes MindSpeed-MM's mp_rank files"),
     ("--ckpt-step", "int", "checkpoint.ckpt_step", "load this iteration instead of the newest"),
     ("--async-save", "switch", "checkpoint.async_save", "write while training goes on"),
     Flag("--keep-last", "int", "checkpoint.keep_last", "keep this many newest checkpoints", own=True),
@@ -179,8 +174,6 @@ LOGGING = _group(
     "logging",
     ("--log-interval", "int", "logging.log_interval", "iterations between log lines"),
     ("--tensorboard-dir", "text", "logging.tensorboard_dir", "default: <save>/tensorboard"),
-    ("--tensorboard-log-interval", "int", "logging.tensorboard_log_interval", "iterations between points"),
-    ("--log-throughput", "switch", "logging.log_throughput", "print TFLOP/s per device (on by default)"),
 )
 
 USED: tuple[Flag, ...] = (

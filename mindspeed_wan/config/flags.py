@@ -127,7 +127,8 @@ def _convert(flag: Flag, words: list[str], line: CommandLine) -> Any:
         return [part for entry in words for part in entry.split(",") if part]
     if flag.choices and word not in flag.choices:
         close = nearest(word, flag.choices, limit=1)
-        fix = f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(flag.choices)}"
+        choose = f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(flag.choices)}"
+        fix = flag.reason or choose
         line.fail(f"{flag.name} does not know {word!r}", fix=fix, flag=flag)
         return None
     if flag.kind == "text":

@@ -17,7 +17,6 @@ from mindspeed_wan.config.documents import Document
 from mindspeed_wan.config.translate import DTYPES, Report
 
 BLOCKS = "predictor.blocks.{*}"
-HEAD = "predictor.head"
 _PATTERN = re.compile(r"^[A-Za-z_]\w*(\.\w+)*(\.\{(\*|\d+(-\d+)?(,\d+(-\d+)?)*)\}(\.\w+)*)?$")
 _CLASS_PATH = re.compile(r"^[\w.]+\.[A-Z]\w*$")
 
@@ -40,7 +39,7 @@ class Fsdp2File(Section):
     output_dtype: DTypeName | None = None
     """Type of unit outputs."""
     cast_forward_inputs: bool = True
-    """Cast unit inputs."""
+    """No effect: the model casts its inputs where its numerics want it."""
     ignored_modules: list[str] | None = None
     """Modules left alone."""
     recompute_modules: list[str] | None = None
@@ -86,6 +85,8 @@ def fsdp2_section(file: Fsdp2File, document: Document, report: Report) -> dict[s
             report.note(f"{document.path}: sharding_size is not set, so parameters are replicated; auto shards them")
     if document.has(("use_reentrant",)) and file.use_reentrant:
         report.note("use_reentrant has no effect: recomputation is non-reentrant, with the same gradients")
+    if not file.cast_forward_inputs:
+        report.note("cast_forward_inputs has no effect: the model casts its inputs where its numerics want it")
     section: dict[str, Any] = {
         "sharding_size": size,
         "sub_modules_to_wrap": _patterns(file.sub_modules_to_wrap, "sub_modules_to_wrap", document, report),
@@ -104,18 +105,11 @@ def fsdp2_section(file: Fsdp2File, document: Document, report: Report) -> dict[s
 
 
 def _patterns(names: list[str] | None, key: str, document: Document, report: Report) -> tuple[str, ...]:
-    """Return dotted patterns; class paths of the second dialect become the pattern of the modules they build."""
+    """Return the names as they are, malformed ones reported; ``parallel.patterns`` finds the modules they mean."""
     result: list[str] = []
     for index, name in enumerate(names or ()):
         if _CLASS_PATH.match(name):
-            kind = name.rsplit(".", 1)[1]
-            if "Block" in kind:
-                result.append(BLOCKS)
-            elif "Head" in kind:
-                result.append(HEAD)
-            else:
-                report.fail(f"{key}: no module of this model is made by the class {name}", document, (key, index),
-                            f"name modules by path: {BLOCKS}, {HEAD}")  # fmt: skip
+            result.append(name)  # the model knows which of its modules that class made
         elif not _PATTERN.match(name):
             report.fail(f"{key}: {name!r} is not a module pattern", document, (key, index),
                         f"write a dotted path with at most one {{*}} or {{0-20,25}}, like {BLOCKS}")  # fmt: skip

@@ -27,7 +27,7 @@ from mindspeed_wan.errors import ConfigError
 SECTIONS_OF = {"model": ("model", "diffusion"), "data": ("data", "model"), "fsdp2": ("fsdp2",)}
 """Sections that cannot be checked further when a file has errors."""
 
-_DIFFUSION_SAME = ("num_train_timesteps", "shift", "sigma_min", "weighting", "normalize_weighting", "density",
+_DIFFUSION_SAME = ("num_train_timesteps", "shift", "weighting", "normalize_weighting", "density",
                    "density_mean", "density_std", "grid")  # fmt: skip
 
 
@@ -285,6 +285,7 @@ def _derive_lora(tree: dict[str, Any], extra: dict[str, Any], report: Report) ->
             name, _, rank = entry.rpartition("=")
             if not name or not rank.isdigit() or int(rank) < 1:
                 _bad_flag(f"--lora-rank-pattern {entry!r} is not NAME=RANK", report, "write it like ffn.0=64")
+                report.suspects.add("lora")
                 continue
             pattern[name] = int(rank)
         tree.setdefault("lora", {})["rank_pattern"] = pattern

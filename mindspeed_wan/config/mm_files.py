@@ -27,8 +27,8 @@ class DiffusionFile(Section):
     """Entries of the index grid."""
     shift: float = Field(default=5.0, gt=0)
     """Flow shift."""
-    sigma_min: float = Field(default=0.0, ge=0, lt=1)
-    """Unshifted sigma at the clean end."""
+    sigma_min: float = Field(default=0.0, ge=0, le=0)
+    """Unshifted sigma at the clean end; 0."""
     extra_one_step: Literal[True] = True
     """The grid ends one step before sigma_min."""
     max_timestep_boundary: float | None = Field(default=None, ge=0, le=1)
@@ -366,6 +366,7 @@ class DataFile(Section):
 
 WHY: dict[str, str] = {
     "diffusion.model_id": "TI2V-5B and other schedulers are out of scope",
+    "diffusion.sigma_min": "every Wan schedule ends at 0",
     "diffusion.extra_one_step": "every Wan checkpoint was trained with the extra step",
     "predictor.qk_norm": "every Wan checkpoint has q and k norms",
     "predictor.qk_norm_type": "every Wan checkpoint normalises q and k with RMSNorm over all heads",

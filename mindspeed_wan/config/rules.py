@@ -69,6 +69,11 @@ def _notes_on_pace(config: RunConfig) -> list[str]:
         found.append("--save is not given: nothing is kept")
     if checkpoint.save and checkpoint.no_save_optim:
         found.append("--no-save-optim: these checkpoints cannot be resumed exactly")
+    recompute = training.recompute
+    if recompute.granularity == "full" and recompute.method == "uniform" and recompute.num_layers > 1:
+        found.append(
+            f"--recompute-num-layers {recompute.num_layers}: every block is recomputed alone, with the same gradients"
+        )
     if optimizer.lr == 0:
         found.append("--lr 0: the weights will not change")
     elif optimizer.lr > 1e-2:

@@ -139,23 +139,26 @@ def weight_decay_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]
 
 
 def recompute_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """Recomputed groups are not larger than the model."""
+    """No more blocks are recomputed than there are, and the details come with the switch itself."""
     recompute, blocks = config.training.recompute, config.model.wan.num_layers
-    if recompute.granularity == "none" or recompute.num_layers <= blocks:
+    if recompute.granularity == "none":
+        if "method" in recompute.model_fields_set or "num_layers" in recompute.model_fields_set:
+            message = "--recompute-method and --recompute-num-layers do nothing by themselves"
+            return mistake(message, "add --recompute-granularity full, or leave them out")
+        return []
+    if recompute.num_layers <= blocks:
         return []
     message = f"--recompute-num-layers {recompute.num_layers} is more than the model's {blocks} blocks"
     return mistake(message, f"use at most {blocks}")
 
 
 def saves_have_a_place(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """A save interval needs a folder; background saves need the sharded format."""
-    checkpoint, found = config.checkpoint, []
+    """A save interval needs a folder."""
+    checkpoint = config.checkpoint
     if checkpoint.save_interval and not checkpoint.save:
         message = f"--save-interval {checkpoint.save_interval} without --save"
-        found += mistake(message, "add --save, or leave --save-interval out")
-    if checkpoint.async_save and checkpoint.ckpt_format != "torch_dcp":
-        found += mistake("--async-save writes torch_dcp only", "use --ckpt-format torch_dcp")
-    return found
+        return mistake(message, "add --save, or leave --save-interval out")
+    return []
 
 
 def exits_can_save(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -177,6 +180,13 @@ def start_is_said(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     if checkpoint.ckpt_step is not None and not checkpoint.load:
         return mistake("--ckpt-step without --load", "add --load, or leave --ckpt-step out")
     return []
+
+
+def adapters_are_refused(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Training does not read the lora section yet; without this rule all weights would be trained instead."""
+    if config.lora is None:
+        return []
+    return mistake("LoRA training is not available yet", "leave the --lora-* flags out to train all weights")
 
 
 def base_model_needs_lora(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -202,6 +212,7 @@ RULES: tuple[RuleRow, ...] = (
     (saves_have_a_place, frozenset({"checkpoint"})),
     (exits_can_save, frozenset({"checkpoint", "training"})),
     (start_is_said, frozenset({"checkpoint"})),
+    (adapters_are_refused, frozenset({"lora"})),
     (base_model_needs_lora, frozenset({"checkpoint", "lora"})),
 )
 """Every rule of this file, with the sections it reads."""

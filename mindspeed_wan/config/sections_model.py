@@ -108,8 +108,6 @@ class DiffusionSection(Section):
     """Entries of the index grid, and the factor from sigma to the model's timestep."""
     shift: float = Field(default=5.0, gt=0)
     """Flow shift s in sigma = s u / (1 + (s - 1) u)."""
-    sigma_min: float = Field(default=0.0, ge=0, lt=1)
-    """Unshifted sigma at the clean end of the grid."""
     expert: Expert | None = None
     """Which expert is trained; None for a model with one expert (Wan2.1) or a free range."""
     boundary: float | None = Field(default=None, gt=0, lt=1)

@@ -97,12 +97,12 @@ class OptimizerSection(Section):
 class RecomputeSection(Section):
     """Activation recomputation (gradient checkpointing) of transformer blocks."""
 
-    granularity: Literal["none", "full", "selective"] = "none"
-    """none; full: only a block's input is kept; selective: attention is kept, the rest recomputed."""
+    granularity: Literal["none", "full"] = "none"
+    """none; full: of a recomputed block only the input is kept."""
     method: Literal["uniform", "block"] = "uniform"
-    """uniform: one checkpoint per num_layers consecutive blocks; block: the first num_layers blocks, each alone."""
+    """uniform: every block; block: the first num_layers blocks. Each block is recomputed alone."""
     num_layers: int = Field(default=1, ge=1)
-    """Read with method."""
+    """Read with block."""
 
 
 class TrainingSection(Section):
@@ -157,14 +157,10 @@ class CheckpointSection(Section):
     """Take only the weights from load: iteration, optimizer and data position start at zero."""
     no_load_optim: bool = False
     """Do not load optimizer state."""
-    no_load_rng: bool = False
-    """Accepted and recorded; randomness follows from the seed and the data position, not from a saved state."""
     no_save_optim: bool = False
     """Do not save optimizer state: smaller checkpoints that cannot be resumed exactly."""
-    no_save_rng: bool = False
-    """Accepted and recorded; there is no generator state to save."""
-    ckpt_format: Literal["torch_dcp", "torch"] = "torch_dcp"
-    """torch_dcp: sharded folder any layout loads; torch: MindSpeed-MM's mp_rank files."""
+    ckpt_format: Literal["torch_dcp"] = "torch_dcp"
+    """Sharded folder that any layout loads."""
     ckpt_step: int | None = Field(default=None, ge=0)
     """Load this iteration instead of the newest."""
     strict_resume: bool = False
@@ -193,7 +189,7 @@ class Fsdp2Section(Section):
     output_dtype: DType | None = None
     """Type unit outputs are cast to; null leaves them."""
     cast_forward_inputs: bool = True
-    """Cast floating-point inputs of each unit to param_dtype."""
+    """Recorded; the model casts its inputs where its numerics want it."""
     ignored_modules: tuple[str, ...] = ("ae", "text_encoder")
     """Modules FSDP does not touch."""
     recompute_modules: tuple[str, ...] = ()
@@ -217,10 +213,6 @@ class LoggingSection(Section):
     """Iterations between log lines."""
     tensorboard_dir: str | None = None
     """TensorBoard folder; None is <save>/tensorboard."""
-    tensorboard_log_interval: int = Field(default=1, ge=1)
-    """Iterations between TensorBoard points."""
-    log_throughput: bool = True
-    """Print TFLOP/s and, where the peak is known, MFU."""
 
 
 class LoraSection(Section):

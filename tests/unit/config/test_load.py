@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_wan.config import load
 from mindspeed_wan.config.describe import describe
 from mindspeed_wan.config.expert_range import from_fractions, resolve, sigma_of_fraction
-from mindspeed_wan.config.flags import parse
+from mindspeed_wan.config.flags import parse, read_words
 from mindspeed_wan.config.load import load_files
+from mindspeed_wan.config.schema import LoraSection
+from mindspeed_wan.config.translate import Report
 from mindspeed_wan.errors import ConfigError
 from tests.unit.config.world import FSDP2, I2V_CHANGES, World
 
@@ -53,13 +56,14 @@ def test_i2v_low(world: World):
 def test_lora_launcher(world: World):
     targets = "proj_q,proj_k,proj_v,proj_out,ffn.0,ffn.2"
     more = ["--lora-r", "32", "--lora-alpha", "32", "--lora-register-forward-hook", "patch_embedding"]
-    config = parse(world.argv(*more, "--lora-target-modules", targets), EIGHT)
-    assert config.lora is not None
-    assert (config.lora.r, config.lora.alpha) == (32, 32.0)
-    assert config.lora.target_modules == tuple(targets.split(","))
-    spaced = parse(world.argv("--lora-target-modules", "q", "k", "--lora-rank-pattern", "q=4"), EIGHT)
-    assert spaced.lora is not None
-    assert (spaced.lora.target_modules, spaced.lora.rank_pattern) == (("q", "k"), {"q": 4})
+    line = read_words(world.argv(*more, "--lora-target-modules", targets))
+    assert not line.errors and line.values["extra.lora_target_modules"] == targets.split(",")
+    tree = {"lora": {"r": 32}}
+    load._derive_lora(tree, {"lora_target_modules": ["q", "k"], "lora_rank_pattern": ["q=4"]}, Report())
+    lora = LoraSection(**tree["lora"])
+    assert (lora.r, lora.target_modules, lora.rank_pattern) == (32, ("q", "k"), {"q": 4})
+    with pytest.raises(ConfigError, match="LoRA training is not available yet"):
+        parse(world.argv(*more), EIGHT)
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
@@ -153,7 +157,7 @@ def test_lengths_in_clips_and_fractions(world: World):
 def test_class_dialect_of_fsdp2(world: World):
     world.fsdp2 = "sub_modules_to_wrap:\n  - mindspeed_mm.models.wan_dit.WanDiTBlock\nsharding_size: null\n"
     config = parse(world.argv(), EIGHT)
-    assert config.fsdp2.sub_modules_to_wrap == ("predictor.blocks.{*}",)
+    assert config.fsdp2.sub_modules_to_wrap == ("mindspeed_mm.models.wan_dit.WanDiTBlock",)
     assert config.fsdp2.sharding_size == "auto"
     world.fsdp2 = FSDP2.replace("sharding_size: auto\n", "")
     config = parse(world.argv(), EIGHT)
