@@ -89,7 +89,7 @@ class BackgroundSave:
             self._records = dcp.hash_own_files(self._staging)
         except WanError as error:
             self._failure = error
-        except Exception as error:  # noqa: BLE001 - a thread's exception would vanish; finish() raises it instead
+        except Exception as error:  # a thread's exception would vanish; finish() raises it instead
             self._failure = ResourceError(f"the background save failed ({error})", where=str(self._staging))
 
 

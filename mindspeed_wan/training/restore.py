@@ -7,6 +7,7 @@ only weights and starts at iteration 0, as in Megatron.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +89,37 @@ def restore(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer:
 
 def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups) -> None:
     section, wan = config.checkpoint, model.config
+    found = first_decides(lambda: weights_found(config, wan))
+    if found is None:
+        init_weights(model, config.training.seed, groups)
+        return
+    report = load_model_weights(found.path, global_views(model, groups), wan, expert=config.diffusion.expert,
+                                full_hash=section.verify)
+    if is_first():
+        print(f" loaded {report.found.kind} weights from {report.found.path} "
+              f"({report.bytes_read / 2**20:.1f} MiB on this rank, {report.seconds:.1f} s)", flush=True)
+
+
+def weights_found(config: RunConfig, wan: WanConfig) -> Found | None:
+    """Return the weights that ``--load`` names, ``None`` for random initialisation. Rank 0.
+
+    Raises:
+        CheckpointError: nothing to load, another task or boundary, or another program's training checkpoint.
+    """
+    section = config.checkpoint
     if section.load is None:
         if not section.from_scratch:
             raise CheckpointError("no weights to start from", where="--load",
                                   fix="set --load, or pass --from-scratch for random initialisation")
-        init_weights(model, config.training.seed, groups)
-        return
-    found = first_decides(lambda: find(str(section.load), step=section.ckpt_step))
+        return None
+    found = find(section.load, step=section.ckpt_step)
     check_card(found, config, wan, resuming=False)
     if found.iteration is not None and not section.finetune:
         raise CheckpointError(
             f"is iteration {found.iteration} of a run of another program; its optimizer state cannot be continued here",
             where=str(found.path), fix="pass --finetune to take its weights and start at iteration 0",
         )
-    report = load_model_weights(section.load, global_views(model, groups), wan, expert=config.diffusion.expert,
-                                step=section.ckpt_step, full_hash=section.verify)
-    if is_first():
-        print(f" loaded {report.found.kind} weights from {report.found.path} "
-              f"({report.bytes_read / 2**20:.1f} MiB on this rank, {report.seconds:.1f} s)", flush=True)
+    return found
 
 
 def check_card(found: Found, config: RunConfig, wan: WanConfig, *, resuming: bool) -> None:
@@ -118,12 +132,17 @@ def check_card(found: Found, config: RunConfig, wan: WanConfig, *, resuming: boo
     wanted = {"task": wan.task, "boundary": diffusion.boundary, **({"shift": diffusion.shift} if resuming else {})}
     for key, value in wanted.items():
         stored = card.get(key)
-        same = stored == value or (isinstance(stored, float) and value is not None and abs(stored - float(value)) < 1e-6)
-        if stored is not None and value is not None and not same:
+        if stored is not None and value is not None and not _same(stored, value):
             raise CheckpointError(f"was made for {key} {stored}, this run is configured for {value}",
                                   where=str(found.path / "wan.json"),
                                   fix="use the model.json of that checkpoint, or pass --finetune"
                                   if resuming else "use the model.json of these weights")
+
+
+def _same(stored: Any, wanted: Any) -> bool:
+    if isinstance(stored, (int, float)) and isinstance(wanted, (int, float)):
+        return math.isclose(stored, wanted, abs_tol=1e-6)
+    return bool(stored == wanted)
 
 
 def _warn(text: str) -> None:

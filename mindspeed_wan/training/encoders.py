@@ -1,0 +1,184 @@
+"""From micro-batches of clips and captions to what the DiT reads: latents, text states, conditions.
+
+Encoders are frozen and whole on every rank. By default each rank of a tensor/context group encodes the same samples
+(no communication, identical results); ``enable_encoder_dp`` lets the ranks of a group share that work.
+``encoder_offload_interval`` encodes several micro-batches at once and keeps UMT5 in host memory in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_wan.config.schema import RunConfig, VaeSection
+from mindspeed_wan.data.loader import MicroBatch
+from mindspeed_wan.diffusion import randomness
+from mindspeed_wan.models.text_encoder import TextEncoder, pad_states
+from mindspeed_wan.models.vae import Tiling, WanVAE
+from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.platforms.base import Platform
+from mindspeed_wan.training.objective import SampleKey
+
+T = TypeVar("T")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Features:
+    """One encoded micro-batch on the device.
+
+    ``latents`` [B, 16, f, h, w] fp32 normalised; ``text`` [B, Lt, text_dim], zero rows after each prompt;
+    ``condition`` [B, 20, f, h, w] (mask and first-frame latents) for I2V; ``keys`` (sample index, epoch).
+    """
+
+    latents: Tensor
+    text: Tensor
+    keys: list[SampleKey]
+    condition: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class Encoders:
+    """The frozen VAE and UMT5 of a run; either is absent when the data hold its features already.
+
+    Args:
+        config: the resolved configuration.
+        groups: the layout; ``enable_encoder_dp`` shares work over its tensor and context ranks.
+        platform: where they run.
+
+    Raises:
+        CheckpointError: an encoder's folder is missing, damaged or of another model.
+    """
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups, platform: Platform) -> None:
+        model = config.model
+        self.device = platform.device()
+        self.interval, self.is_i2v = model.encoder_offload_interval, model.task == "i2v"
+        self.seed, self.do_sample, self.clean = config.training.seed, model.vae.do_sample, config.data.clean_captions
+        self.max_length = model.text_encoder.max_length
+        self._sharing = _Sharing(groups, self.device) if model.enable_encoder_dp else None
+        self._offload_text = self.interval > 1 and platform.device_type != "cpu"
+        self.vae: WanVAE | None = None
+        self.text: TextEncoder | None = None
+        if not model.load_video_features:
+            self.vae = WanVAE.from_pretrained(str(model.vae.path), _DTYPES[model.vae.dtype], self.device,
+                                              tiling=_tiling(model.vae))
+        if not model.load_text_features:
+            section = model.text_encoder
+            self.text = TextEncoder.from_pretrained(str(section.path), _DTYPES[section.dtype],
+                                                    "cpu" if self._offload_text else self.device,
+                                                    tokenizer=section.tokenizer_path)
+
+    def stream(self, batches: Iterator[MicroBatch]) -> Iterator[Features]:
+        """Yield the features of ``batches`` in order, encoding ``encoder_offload_interval`` of them at a time."""
+        while group := list(islice(batches, self.interval)):
+            yield from self.encode(group)
+
+    def encode(self, batches: Sequence[MicroBatch]) -> list[Features]:
+        """Encode a few micro-batches. Samples are encoded one by one, so the result does not depend on the cut."""
+        latents, conditions = self._latents(batches), self._conditions(batches)
+        texts = self._texts(batches)
+        result = []
+        for batch, latent, condition, states in zip(batches, latents, conditions, texts):
+            text = pad_states(states, max(state.shape[0] for state in states)).to(self.device)
+            result.append(Features(latent, text, batch.keys, condition))
+        return result
+
+    # ---- video ---------------------------------------------------------------------------------------------------
+
+    def _latents(self, batches: Sequence[MicroBatch]) -> Iterable[Tensor]:
+        if self.vae is None:
+            return [_given(batch.latents, "latents").to(self.device) for batch in batches]
+        clips = [(clip, key) for batch in batches for clip, key in zip(_given(batch.video, "video"), batch.keys)]
+        return _regroup(self._map(lambda item: self._encode_clip(*item), clips), batches)
+
+    def _conditions(self, batches: Sequence[MicroBatch]) -> Iterable[Tensor | None]:
+        """Return mask and first-frame latents of I2V, [B, 20, f, h, w]; ``None`` for T2V."""
+        if not self.is_i2v:
+            return [None] * len(batches)
+        if self.vae is None:
+            firsts = [_given(batch.condition, "condition").to(self.device) for batch in batches]
+        else:
+            clips = [clip for batch in batches for clip in _given(batch.video, "video")]
+            firsts = _regroup(self._map(self._encode_first_frame, clips), batches)
+        return [torch.cat((first_frame_mask(first), first), dim=1) for first in firsts]
+
+    def _encode_clip(self, clip: Tensor, key: SampleKey) -> Tensor:
+        assert self.vae is not None
+        generator = randomness.generator(self.seed, key[0], key[1], "vae") if self.do_sample else None
+        return self.vae.encode(clip[None], do_sample=self.do_sample, generator=generator)[0]
+
+    def _encode_first_frame(self, clip: Tensor) -> Tensor:
+        """Encode the first frame followed by grey (0 in [-1, 1]), as the official I2V does."""
+        assert self.vae is not None
+        still = torch.zeros_like(clip)
+        still[:, :1] = clip[:, :1]
+        return self.vae.encode(still[None])[0]
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def _texts(self, batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
+        if self.text is None:
+            return [_given(batch.text, "text") for batch in batches]
+        if self._offload_text:
+            self.text.to(self.device)
+        encoder = self.text
+        captions = [caption for batch in batches for caption in batch.captions]
+        states = iter(self._map(lambda c: encoder.encode([c], self.max_length, clean=self.clean)[0], captions))
+        result = [list(islice(states, len(batch))) for batch in batches]
+        if self._offload_text:
+            self.text.to("cpu")
+        return result
+
+    def _map(self, function: Callable[[T], Tensor], items: Sequence[T]) -> list[Tensor]:
+        return self._sharing.map(function, items) if self._sharing is not None else [function(item) for item in items]
+
+
+class _Sharing:
+    """Spreads a list of samples over the tensor and context ranks of one data rank, which all need all results."""
+
+    def __init__(self, groups: ParallelGroups, device: torch.device) -> None:
+        self._groups = [group for group in (groups.tp, groups.cp) if group is not None]
+        self._size = groups.dims.tensor * groups.dims.context
+        self._rank = groups.cp_rank * groups.dims.tensor + groups.tp_rank
+        self._device = device
+
+    def map(self, function: Callable[[T], Tensor], items: Sequence[T]) -> list[Tensor]:
+        """Apply ``function`` to every item, each on one rank, and return all results on all ranks. Collective."""
+        results = {i: function(items[i]).cpu() for i in range(self._rank, len(items), self._size)}
+        for group in self._groups:
+            parts: list[dict[int, Tensor]] = [{} for _ in range(group.size())]
+            dist.all_gather_object(parts, results, group=group)
+            results = {i: tensor for part in parts for i, tensor in part.items()}
+        return [results[i].to(self._device) for i in range(len(items))]
+
+
+def first_frame_mask(latents: Tensor) -> Tensor:
+    """Return I2V's mask [B, 4, f, h, w] for latents [B, 16, f, h, w]: 1 where the frame is given, the first one.
+
+    Four channels, because one latent frame stands for four video frames (the first is repeated four times).
+    """
+    mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
+    mask[:, :, 0] = 1.0
+    return mask
+
+
+def _tiling(section: VaeSection) -> Tiling | None:
+    return Tiling(*section.tile_size, *section.tile_stride) if section.tiling else None
+
+
+def _given(value: T | None, name: str) -> T:
+    assert value is not None, f"the loader gave no {name}"
+    return value
+
+
+def _regroup(tensors: Sequence[Tensor], batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Stack per-sample tensors back into one tensor per micro-batch."""
+    source = iter(tensors)
+    return [torch.stack(list(islice(source, len(batch)))) for batch in batches]

@@ -1,0 +1,75 @@
+"""``pretrain_sora.py``: from a command line to a trained expert."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mindspeed_wan.config import flags
+from mindspeed_wan.errors import EXIT_OK
+from mindspeed_wan.platforms import get_platform
+from mindspeed_wan.platforms.base import Platform
+
+if TYPE_CHECKING:
+    from mindspeed_wan.config.schema import RunConfig
+
+_NOISE = (
+    (UserWarning, "torch.distributed.fsdp"),
+    (UserWarning, "torch.distributed.checkpoint"),
+    (UserWarning, "megatron.core"),
+    (FutureWarning, "torch.distributed"),
+    (DeprecationWarning, "torch.jit"),
+    (DeprecationWarning, "megatron.core"),
+)
+"""Warnings about the insides of libraries; a user can do nothing about them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train one expert and return the exit code.
+
+    The command line is checked before torch is imported, so a wrong flag is reported at once.
+
+    Raises:
+        WanError: see the exit codes in ``mindspeed_wan.errors``.
+    """
+    config = flags.parse(list(sys.argv[1:] if argv is None else argv))
+    for category, module in _NOISE:
+        warnings.filterwarnings("ignore", category=category, module=module.replace(".", r"\."))
+    platform = get_platform(config.training.device)
+    if config.training.dry_run:
+        from mindspeed_wan.training.dry_run import check
+
+        print(check(config))
+        return EXIT_OK
+    return _train(config, platform)
+
+
+def _train(config: RunConfig, platform: Platform) -> int:
+    from mindspeed_wan.parallel.agreement import barrier, is_first
+    from mindspeed_wan.parallel.groups import destroy, init_distributed
+    from mindspeed_wan.training.loop import train
+    from mindspeed_wan.training.setup import prepare
+
+    platform.activate()
+    init_distributed(platform, config.parallel.distributed_timeout_minutes)
+    run = prepare(config, platform)
+    if is_first():
+        announce(run.config, run.step.groups.dims.world_size, platform)
+    try:
+        train(run)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
+    barrier()
+    destroy()
+    return EXIT_OK
+
+
+def announce(config: RunConfig, world_size: int, platform: Platform) -> None:
+    """Print what is about to be trained, once."""
+    from mindspeed_wan.config.describe import describe
+
+    print(f"training on {world_size} x {platform.device_name()} ({platform.name}, {platform.backend})")
+    print(describe(config, world_size), flush=True)

@@ -1,0 +1,155 @@
+"""From a checked configuration to a run that is ready to train, in one visible order.
+
+platform -> process groups -> model on the meta device, cut and given memory -> optimizer -> weights or checkpoint ->
+encoders and data at the restored position -> writers.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_wan.config.schema import RunConfig
+from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.models.wan.flops import latent_shape, training_flops
+from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.models.wan.provider import build_wan
+from mindspeed_wan.models.wan.views import global_views
+from mindspeed_wan.parallel.agreement import all_or_none, first_decides, is_first
+from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.parallel.groups import ParallelGroups, build_groups
+from mindspeed_wan.parallel.recompute import RecomputePlan
+from mindspeed_wan.platforms.base import Platform
+from mindspeed_wan.training.ema import Ema
+from mindspeed_wan.training.encoders import Encoders
+from mindspeed_wan.training.loop import Run
+from mindspeed_wan.training.lr_schedule import Schedule
+from mindspeed_wan.training.metrics import MetricsWriter, Throughput, write_provenance
+from mindspeed_wan.training.objective import Objective
+from mindspeed_wan.training.optimizer import AdamW
+from mindspeed_wan.training.restore import model_card, restore
+from mindspeed_wan.training.saving import Saver
+from mindspeed_wan.training.source import micro_batches, open_data_once
+from mindspeed_wan.training.step import TrainStep
+
+
+def prepare(config: RunConfig, platform: Platform) -> Run:
+    """Build everything a run needs. Collective; ``init_distributed`` has been called.
+
+    Raises:
+        WanError: what cannot work, before the first step.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    groups = build_groups(parallel_dims(config, world_size), platform,
+                          timeout_minutes=config.parallel.distributed_timeout_minutes)
+    if config.training.deterministic:
+        make_deterministic()
+    wan = WanConfig.from_dict(config.model.wan.to_dict())
+    model = build_model(config, wan, groups, platform)
+    views = global_views(model, groups)
+    section = config.optimizer
+    optimizer = AdamW(model.named_parameters(), betas=(section.beta1, section.beta2), eps=section.eps,
+                      fused=section.fused)
+    ema = Ema(optimizer.masters(), config.training.ema_decay) if config.training.ema_decay is not None else None
+    progress = restore(config, model, groups, optimizer, ema)
+    progress.global_batch_size = config.global_batch(world_size)
+    source = open_data_once(config)
+    if is_first():
+        print(f" data: {source.describe()}", flush=True)
+    encoders = all_or_none(lambda: Encoders(config, groups, platform))
+    batches = micro_batches(config, source, groups, progress.consumed_samples)
+    run = Run(
+        config=config,
+        platform=platform,
+        step=train_step(config, model, groups, platform),
+        optimizer=optimizer,
+        schedule=schedule(config, world_size),
+        progress=progress,
+        features=encoders.stream(batches),
+        rates=throughput(config, wan, world_size, platform),
+        first_rank=is_first(),
+        ema=ema,
+    )
+    if config.checkpoint.save is not None:
+        _open_save_folder(run, views, model_card(config, wan))
+    return run
+
+
+def parallel_dims(config: RunConfig, world_size: int) -> ParallelDims:
+    """Return the layout; without FSDP2 every data x context rank holds all parameters of its tensor shard."""
+    parallel = config.parallel
+    return ParallelDims(world_size=world_size, tensor=parallel.tensor, sequence_parallel=parallel.sequence_parallel,
+                        context=parallel.context, ulysses=parallel.ulysses, pipeline=parallel.pipeline,
+                        shard=config.shard_size(world_size))
+
+
+def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platform: Platform) -> WanDiT:
+    """Build the sharded DiT with fp32 parameters; its values are still undefined.
+
+    bf16 goes through FSDP2 also where nothing is sharded: it keeps fp32 masters, gathers bf16 copies and reduces
+    gradients in fp32.
+    """
+    bf16 = config.training.precision == "bf16"
+    fsdp2 = None
+    if config.parallel.use_torch_fsdp2 or bf16:
+        fsdp2 = config.fsdp2.model_copy(update={"param_dtype": config.training.precision})
+    recompute = None
+    if config.training.recompute.granularity == "full":
+        first = config.training.recompute.num_layers if config.training.recompute.method == "block" else None
+        recompute = RecomputePlan(first=first)
+    return build_wan(wan, groups=groups, platform=platform, param_dtype=torch.float32, fsdp2=fsdp2,
+                     residual_dtype=torch.float32 if config.model.fp32_residual else None, recompute=recompute)
+
+
+def train_step(config: RunConfig, model: WanDiT, groups: ParallelGroups, platform: Platform) -> TrainStep:
+    """Return the step for this configuration."""
+    world_size = groups.dims.world_size
+    return TrainStep(
+        model, Objective(config.diffusion, config.training.seed), groups,
+        accumulation=config.gradient_accumulation(world_size), micro_batch_size=config.training.micro_batch_size,
+        device=platform.device(), clip_norm=config.optimizer.clip_grad,
+    )
+
+
+def schedule(config: RunConfig, world_size: int) -> Schedule:
+    """Return the learning-rate schedule in samples."""
+    section, batch = config.optimizer, config.global_batch(world_size)
+    start = section.start_weight_decay if section.start_weight_decay is not None else section.weight_decay
+    end = section.end_weight_decay if section.end_weight_decay is not None else section.weight_decay
+    return Schedule(
+        max_lr=section.lr, min_lr=section.min_lr, init_lr=section.warmup_init,
+        warmup_samples=section.warmup_iters * batch,
+        decay_samples=(section.decay_iters or config.training.train_iters) * batch,
+        decay_style=section.decay_style, wsd_samples=(section.wsd_decay_iters or 0) * batch,
+        wsd_style=section.wsd_decay_style, start_weight_decay=start, end_weight_decay=end,
+        weight_decay_style=section.weight_decay_incr_style,
+        weight_decay_samples=config.training.train_iters * batch,
+    )
+
+
+def throughput(config: RunConfig, wan: WanConfig, world_size: int, platform: Platform) -> Throughput:
+    """Return the rates of this run; FLOP are those of the configured clip size."""
+    latent = latent_shape(config.data.num_frames, config.data.max_height, config.data.max_width)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return Throughput(flops_per_sample=training_flops(wan, latent), global_batch_size=config.global_batch(world_size),
+                      world_size=world_size, peak_flops=platform.peak_flops(dtype))
+
+
+def make_deterministic() -> None:
+    """Use deterministic kernels only (``--deterministic``)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object]) -> None:
+    """Write what produced the run and open its metrics on rank 0; an unwritable folder fails on every rank."""
+    section = run.config.checkpoint
+    save = str(section.save)
+    run.saver = Saver(section, views, run.optimizer, run.ema, card)
+    first_decides(lambda: write_provenance(save, run.config.resolved()))
+    if run.first_rank:
+        run.writer = MetricsWriter(save, start=run.progress.iteration,
+                                   tensorboard_dir=run.config.logging.tensorboard_dir)
