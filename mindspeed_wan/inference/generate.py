@@ -205,7 +205,11 @@ class ProgressBar:
 
 def run() -> None:
     """Run ``main`` as a program (``inference_sora.py``)."""
+    import warnings
+
     from mindspeed_wan.errors import run_main
 
+    warnings.filterwarnings("ignore", module=r"megatron\..*")  # absent Apex and Transformer Engine are no news here
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_main(main)

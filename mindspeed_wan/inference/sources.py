@@ -75,7 +75,7 @@ def recognise(options: GenerateOptions) -> ModelFolder:
     where = str(options.ckpt_dir or options.high_noise_ckpt)
     if not parts.experts:
         raise ConfigError("no weights are named", fix="give --ckpt_dir DIR, or --load HIGH and --low_noise_ckpt LOW")
-    found = {name: checkpoints.find(path) for name, path in parts.experts.items()}
+    found = {name: _find_expert(path, name) for name, path in parts.experts.items()}
     config = _architecture(found, options.predictor)
     missing = [
         f"{what} (--{flag})"
@@ -88,6 +88,9 @@ def recognise(options: GenerateOptions) -> ModelFolder:
         raise ConfigError(f"the weights come without {' and '.join(missing)}", where=where,
                           fix="name them, or give the pipeline folder as --ckpt_dir with --load for the expert")
     assert parts.vae is not None and parts.text_encoder is not None
+    for path in (parts.vae, parts.text_encoder, parts.tokenizer):
+        if path is not None and not path.exists():
+            raise CheckpointError("does not exist", where=str(path), fix="check the path in the flag or the JSON file")
     _check_vae(parts.vae)
     _check_text_encoder(parts.text_encoder, config)
     task = _task(config, found, parts, options.task)
@@ -196,6 +199,14 @@ def _override(parts: _Parts, options: GenerateOptions) -> _Parts:
 
 
 # ---- experts and architecture --------------------------------------------------------------------------------------
+
+
+def _find_expert(path: Path, name: str) -> checkpoints.Found:
+    if not path.exists():
+        flag = {"high": "--load", "low": "--low_noise_ckpt"}[name]
+        raise CheckpointError(f"the {name}-noise expert does not exist", where=str(path),
+                              fix=f"name existing weights with {flag}, or a whole folder with --ckpt_dir")
+    return checkpoints.find(path)
 
 
 def _architecture(found: dict[str, checkpoints.Found], predictor: PredictorFile | None) -> WanConfig:
