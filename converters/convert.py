@@ -295,8 +295,11 @@ def _write(layout: Layout, options: Options) -> None:
         seconds = progress.finish()
         _seal(staging, layout, written, options)
         commit_folder(staging, options.target)
-    except WanError:  # a full disk must not stay full of half-written files, and damaged input will not mend
+    except (WanError, OSError) as error:
+        # A full disk must not stay full of half-written files, and damaged input will not mend.
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise disk_error(error, staging) from None
         raise
     finally:
         if not staging.exists():
@@ -319,7 +322,7 @@ def _seal(staging: Path, layout: Layout, written: Mapping[str, Written], options
         (staging / name).symlink_to(target, target_is_directory=True)
     by_name = {file.name: file for file in layout.files}
     for folder, card in layout.seals.items():
-        write_text_atomic(staging / folder / CARD_NAME, card.to_json())
+        (staging / folder / CARD_NAME).write_text(card.to_json(), encoding="utf-8")
         inside = {n: w for n, w in written.items() if not folder or n.startswith(f"{folder}/")}
         known = {n[len(folder):].lstrip("/"): w.record for n, w in inside.items()}
         extra: dict[str, Any] = {"format": "mindspeed-wan", "source": str(options.source)}

@@ -92,7 +92,11 @@ def write_manifest(folder: str | os.PathLike[str], extra: Mapping[str, Any] | No
             raise CheckpointError(f"changed while it was being written ({record.size} bytes expected)", where=str(path))
         files[name] = asdict(record)
     target = folder / MANIFEST_NAME
-    write_text_atomic(target, json.dumps({**(extra or {}), "version": _MANIFEST_VERSION, "files": files}, indent=1))
+    text = json.dumps({**(extra or {}), "version": _MANIFEST_VERSION, "files": files}, indent=1)
+    try:
+        target.write_text(text, encoding="utf-8")  # flushed by commit_folder with everything else
+    except OSError as error:
+        raise disk_error(error, target) from None
     return target
 
 
