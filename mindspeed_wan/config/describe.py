@@ -10,8 +10,10 @@ _WIDTH = 12
 def describe(config: RunConfig, ranks: int | None = None) -> str:
     """Return what will be trained, on what, how and where to, then the notes.
 
-    ``ranks`` is the size of the job; without it, what depends on it is left out.
+    ``ranks`` is the size of the job, ``config.world_size`` by default; where neither is known, what depends on it is
+    left out.
     """
+    ranks = ranks or config.world_size
     rows = [
         ("expert", _expert(config)),
         ("model", _model(config)),

@@ -45,6 +45,7 @@ def build(line: CommandLine, env: Mapping[str, str] | None = None) -> RunConfig:
     if "train_iters" not in tree["training"] and "training" not in report.suspects:
         _bad_flag("--train-iters is missing", report, "say how many optimizer steps the run has")
     config = _validate_tree(tree, line, report)
+    ranks = None
     if config is not None:
         ranks = rules.world_size(line.values.get("extra.world_size"), env, config.training.dry_run)
         found = [_located(e, documents) for e in rules.check(config, ranks, skip=frozenset(report.suspects))]
@@ -54,7 +55,7 @@ def build(line: CommandLine, env: Mapping[str, str] | None = None) -> RunConfig:
             report.note(note)
     if report.errors or config is None:
         raise config_errors(report.errors)
-    return config.model_copy(update={"notes": tuple(report.notes)})
+    return config.model_copy(update={"notes": tuple(report.notes), "world_size": ranks})
 
 
 def load_files(

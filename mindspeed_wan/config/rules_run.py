@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mindspeed_wan.config.rule import RuleRow, divisors, listed, mistake
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.errors import ConfigError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""File beside the iterations of a checkpoint root."""
 
 
 def pipeline_is_refused(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -171,9 +176,10 @@ def exits_can_save(config: RunConfig, ranks: int | None) -> list[ConfigError]:
 
 
 def start_is_said(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """Weights come from somewhere, or random ones are asked for."""
+    """Weights come from somewhere (--save too, when it holds a checkpoint), or random ones are asked for."""
     checkpoint = config.checkpoint
-    if not (checkpoint.load or checkpoint.load_base_model or checkpoint.from_scratch):
+    can_resume = checkpoint.save is not None and not checkpoint.finetune and (Path(checkpoint.save) / TRACKER).is_file()
+    if not (checkpoint.load or checkpoint.load_base_model or checkpoint.from_scratch or can_resume):
         return mistake("no weights to start from", "add --load DIR, or --from-scratch to start from random weights")
     if checkpoint.load_base_model and checkpoint.from_scratch:
         return mistake("--load-base-model and --from-scratch contradict each other", "keep one of them")

@@ -78,6 +78,8 @@ class RunConfig(Section):
     """Reports."""
     lora: LoraSection | None = None
     """Adapters; None trains all weights."""
+    world_size: int | None = None
+    """Ranks the layout was checked for: torchrun's, or --world-size of a dry run; None when unknown."""
     notes: tuple[str, ...] = ()
     """Things the reader of the log should know once: inert flags, translated values, likely mistakes."""
     sources: dict[str, str] = Field(default_factory=dict)

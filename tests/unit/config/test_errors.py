@@ -144,6 +144,9 @@ def test_nothing_to_start_from(world: World):
     with pytest.raises(ConfigError, match="--from-scratch"):
         parse(argv, {"WORLD_SIZE": "8"})
     assert parse([*argv, "--from-scratch"], {"WORLD_SIZE": "8"}).checkpoint.from_scratch
+    (world.root / "out").mkdir()
+    (world.root / "out/latest_checkpointed_iteration.txt").write_text("10")
+    assert parse(argv, {"WORLD_SIZE": "8"}).checkpoint.load is None  # it goes on from --save
 
 
 def test_no_files_at_all():
