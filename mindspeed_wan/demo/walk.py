@@ -148,19 +148,7 @@ def export(walk: Walk) -> None:
             "--cfg.target_path", str(walk.exported / TRANSFORMER[expert]),
             "--cfg.hf_dir", str(walk.model), "--overwrite",
         ])
-    _command(walk, "diffusers", [sys.executable, "-c", _LOAD_WITH_DIFFUSERS, str(walk.exported)])
-
-
-_LOAD_WITH_DIFFUSERS = """
-import sys, torch
-from diffusers import WanPipeline
-pipe = WanPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
-pipe.set_progress_bar_config(disable=True)
-latents = pipe(prompt="a red circle moves left", height=64, width=96, num_frames=5, num_inference_steps=3,
-               guidance_scale=4.0, guidance_scale_2=3.0, output_type="latent").frames
-assert torch.isfinite(latents).all(), "diffusers made a latent that is not finite"
-print("diffusers loaded the export and generated a latent of shape", tuple(latents.shape))
-"""
+    _command(walk, "diffusers", [*_python("mindspeed_wan.demo.diffusers_check"), str(walk.exported)])
 
 
 def generate(walk: Walk) -> None:
