@@ -18,7 +18,7 @@ from mindspeed_wan.demo.world.scenes import Scene
 
 _SHADES = (1.0, 0.92, 0.83, 0.75)
 """Backgrounds darken downwards; see ``clips.draw_frame``."""
-_MIN_PIXELS = 40
+_MIN_PIXELS = 30
 """Fewer coloured pixels than this in a frame are noise, not a shape."""
 _MIN_TRAVEL = 0.08
 """Share of the picture the centre must cross to count as motion."""

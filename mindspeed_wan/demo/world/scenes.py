@@ -22,8 +22,8 @@ COLOURS = ("red", "green", "blue", "yellow", "white")
 NEW_COLOUR = "purple"
 """Not in the base world: what the LoRA teaches."""
 
-SIZE = (64, 64)
-NUM_FRAMES = 17
+SIZE = (48, 48)
+NUM_FRAMES = 9
 FPS = 16
 _BACKGROUNDS = ("dark", "grey")
 _HELD_OUT_EVERY = 8

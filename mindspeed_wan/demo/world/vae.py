@@ -45,7 +45,7 @@ class Stage:
     learning_rate: float
 
 
-SCHEDULE = (Stage(1, 8, 6000, 1.2e-3), Stage(5, 6, 2500, 1e-3), Stage(9, 4, 1500, 6e-4), Stage(17, 3, 800, 3e-4))
+SCHEDULE = (Stage(1, 8, 3000, 1.2e-3), Stage(5, 6, 2200, 1e-3), Stage(9, 4, 1200, 6e-4))
 
 
 def train_vae(out: Path, *, schedule: tuple[Stage, ...] = SCHEDULE, seed: int = 0, start: Path | None = None) -> float:

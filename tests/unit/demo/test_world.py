@@ -43,7 +43,7 @@ def test_detector_survives_noise_and_compression(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", [20, 110, 128])
 def test_detector_sees_nothing_in_an_empty_picture(level: int) -> None:
-    assert detect(np.full((17, 64, 64, 3), level, np.uint8)) == Sighting(None, None, None)
+    assert detect(np.full((scenes.NUM_FRAMES, *scenes.SIZE, 3), level, np.uint8)) == Sighting(None, None, None)
 
 
 def test_detector_refuses_what_the_caption_does_not_say() -> None:
@@ -51,7 +51,7 @@ def test_detector_refuses_what_the_caption_does_not_say() -> None:
     frames = scenes.render(scenes.Scene("red", "circle", "left"), rng)
     assert detect(frames[::-1]).matches(scenes.Scene("red", "circle", "right"))
     assert not detect(frames).matches(scenes.Scene("red", "square", "left"))
-    assert detect(frames[:1].repeat(17, axis=0)).motion is None
+    assert detect(frames[:1].repeat(scenes.NUM_FRAMES, axis=0)).motion is None
 
 
 def test_dataset_has_the_asked_for_clips(tmp_path: Path) -> None:
