@@ -51,8 +51,7 @@ def build(line: CommandLine, env: Mapping[str, str] | None = None) -> RunConfig:
         found = [_located(e, documents) for e in rules.check(config, ranks, skip=frozenset(report.suspects))]
         told = {error.where for error in report.errors} - {None, "command line"}
         report.errors += [error for error in found if error.where not in told]  # a line is reported once
-        for note in rules.notes(config):
-            report.note(note)
+        report.notes[:0] = rules.notes(config)  # likely mistakes before flags without effect
     if report.errors or config is None:
         raise config_errors(report.errors)
     return config.model_copy(update={"notes": tuple(report.notes), "world_size": ranks})

@@ -139,11 +139,11 @@ class I2VProcessorFile(Section):
     processor_id: Literal["wan_i2v_processor"] = "wan_i2v_processor"
     """The processor; there is one."""
     i2v_vae_encode_tiling: bool | Literal["auto"] = "auto"
-    """Tile the encoding of the first frame; auto does what enable_tiling says."""
+    """auto, or the value of enable_tiling: the first frame is encoded like the clips."""
     i2v_vae_encod_tiling: bool | Literal["auto"] | None = None
     """The same key as MindSpeed-MM's files spell it."""
     image_encoder: dict[str, Any] | None = None
-    """CLIP vision encoder of Wan2.1 I2V; from_pretrained is read."""
+    """CLIP vision encoder of Wan2.1 I2V; not read in training."""
 
 
 class AeFile(Section):
@@ -336,7 +336,7 @@ class LoaderFile(Section):
     dataloader_mode: Literal["sampler"] = "sampler"
     """There is one."""
     sampler_type: str = "LengthGroupedSampler"
-    """LengthGroupedSampler groups clips of one shape; others do not."""
+    """No effect: clips of one size and length always share a batch."""
     shuffle: bool = True
     """New order every epoch."""
     drop_last: bool = True
@@ -344,11 +344,11 @@ class LoaderFile(Section):
     pin_memory: bool = True
     """Page-locked batches."""
     group_frame: bool = False
-    """Group clips by length."""
+    """No effect: see sampler_type."""
     group_resolution: bool = False
-    """Group clips by size."""
+    """No effect: see sampler_type."""
     group_data: bool = False
-    """Group clips by length and size."""
+    """No effect: see sampler_type."""
     initial_global_step_for_sampler: Literal[0] = 0
     """Start of the order."""
     collate_param: dict[str, Any] | None = None

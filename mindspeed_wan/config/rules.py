@@ -51,10 +51,8 @@ def _notes_on_noise(config: RunConfig) -> list[str]:
             f"boundary {diffusion.boundary:g} differs from Wan2.2's {official:g} for {model.task}: "
             "inference must use the same"
         )
-    if diffusion.expert is None and diffusion.sigma_range == (0.0, 1.0) and model.wan.image_dim is None:
+    if diffusion.expert is None and diffusion.sigma_range == (0.0, 1.0):
         found.append("no expert is chosen: all sigmas are trained, as for a model with one expert")
-    if config.data.caption_dropout > 0 and model.load_text_features:
-        found.append("cfg: dropped captions need the encoded empty caption in the feature folder")
     return found
 
 
@@ -69,6 +67,8 @@ def _notes_on_pace(config: RunConfig) -> list[str]:
         found.append("--save is not given: nothing is kept")
     if checkpoint.save and checkpoint.no_save_optim:
         found.append("--no-save-optim: these checkpoints cannot be resumed exactly")
+    if training.eval_interval and training.eval_interval <= training.train_iters:
+        found.append("--eval-interval has no effect yet: no clips are set aside for a validation loss")
     recompute = training.recompute
     if recompute.granularity == "full" and recompute.method == "uniform" and recompute.num_layers > 1:
         found.append(

@@ -80,7 +80,18 @@ def features_agree(config: RunConfig, ranks: int | None) -> list[ConfigError]:
         message = "the data file gives cached features, the model file encodes clips"
         fix = "set load_video_features and load_text_features to true in the model file"
         return mistake(message, fix, key="data:dataset_type")
+    if config.data.kind == "feature":
+        message = "training from cached features is not available yet"
+        return mistake(message, "give clips: dataset_type t2v, load_video_features false", key="data:dataset_type")
     return []
+
+
+def one_image_path(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Wan2.1's I2V models also read CLIP tokens, which training does not make."""
+    if config.model.wan.image_dim is None:
+        return []
+    message = "training of Wan2.1 I2V (CLIP image tokens) is not available"
+    return mistake(message, "for Wan2.2 write model_type wan2.2-i2v", key="model:predictor.model_type")
 
 
 def paths_exist(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -95,8 +106,6 @@ def paths_exist(config: RunConfig, ranks: int | None) -> list[ConfigError]:
         wanted.append(("model:text_encoder.from_pretrained", model.text_encoder.path))
         if model.text_encoder.tokenizer_path:
             wanted.append(("data:tokenizer_config.from_pretrained", model.text_encoder.tokenizer_path))
-    if model.wan.image_dim:
-        wanted.append(("model:image_encoder.from_pretrained", model.image_encoder_path))
     found = []
     for key, path in wanted:
         source, name = key.split(":")
@@ -124,6 +133,7 @@ RULES: tuple[RuleRow, ...] = (
     (frames_fit, frozenset({"data"})),
     (sizes_fit, frozenset({"data", "model"})),
     (features_agree, frozenset({"data", "model"})),
+    (one_image_path, frozenset({"model"})),
     (paths_exist, frozenset({"data", "model"})),
 )
 """Every rule of this file, with the sections it reads."""

@@ -95,10 +95,6 @@ class ModelSection(Section):
     """Batches encoded at once before UMT5 moves to host memory; 1 keeps it on the device."""
     enable_encoder_dp: bool = False
     """Spread encoding over the tensor and context ranks instead of repeating it on each."""
-    i2v_vae_encode_tiling: bool | Literal["auto"] = "auto"
-    """I2V: tile the first-frame encoding; auto does what vae.tiling says."""
-    image_encoder_path: str | None = None
-    """CLIP vision folder, read by Wan2.1 I2V only (wan.image_dim set)."""
 
 
 class DiffusionSection(Section):
@@ -179,8 +175,6 @@ class DataSection(Section):
     """New order every epoch, from the seed; false keeps the file order."""
     drop_last: bool = True
     """Drop the tail of an epoch that does not fill a global batch; false lets the batch run into the next epoch."""
-    group_by_shape: bool = True
-    """Put clips of one size and length in one global batch."""
     pin_memory: bool = True
     """Copy batches to page-locked memory where the device gains from it."""
     max_bad_fraction: float = Field(default=0.0, ge=0, le=1)

@@ -55,14 +55,8 @@ def path_value(value: str | None, document: Document, keys: KeyPath, report: Rep
 def model_section(file: ModelFile, document: Document, report: Report) -> dict[str, Any]:
     """Return the keyword arguments of ``ModelSection`` (all but the tokenizer, which data.json names)."""
     predictor, ae, text = file.predictor, file.ae, file.text_encoder
-    processor = ae.i2v_processor
     _check_model_type(file, document, report)
-    tiling: bool | str = "auto"
-    image_encoder = None
-    if processor:
-        old = processor.i2v_vae_encod_tiling
-        tiling = old if old is not None else processor.i2v_vae_encode_tiling
-        image_encoder = (processor.image_encoder or {}).get("from_pretrained")
+    _check_first_frame_tiling(ae, document, report)
     if file.patch:
         report.note("model 'patch' has no effect: nothing is monkeypatched here")
     if document.has(("predictor", "use_fused_rmsnorm")) or document.has(("predictor", "fa_layout")):
@@ -87,8 +81,6 @@ def model_section(file: ModelFile, document: Document, report: Report) -> dict[s
         "load_text_features": file.load_text_features,
         "encoder_offload_interval": file.encoder_offload_interval,
         "enable_encoder_dp": file.enable_encoder_dp,
-        "i2v_vae_encode_tiling": tiling,
-        "image_encoder_path": path_value(image_encoder, document, ("ae", "i2v_processor", "image_encoder"), report),
     }
 
 
@@ -123,7 +115,8 @@ def data_section(file: DataFile, document: Document, report: Report) -> dict[str
     if basic.data_storage_mode == "standard":
         report.fail("data_storage_mode 'standard' is not supported", document, (*base, "data_storage_mode"),
                     "write a data.txt with the line 'folder,annotation.json' and use 'combine'")  # fmt: skip
-    grouped = loader.group_data or loader.group_frame or loader.group_resolution
+    if loader.sampler_type != "LengthGroupedSampler" or not (loader.group_data or loader.group_frame):
+        report.note("clips of one size and length always share a batch, whatever sampler_type and group_* say")
     return {
         "kind": "feature" if is_feature else "video",
         "data_path": path_value(basic.data_path, document, (*base, "data_path"), report),
@@ -137,7 +130,6 @@ def data_section(file: DataFile, document: Document, report: Report) -> dict[str
         "shuffle": loader.shuffle,
         "drop_last": loader.drop_last,
         "pin_memory": loader.pin_memory,
-        "group_by_shape": loader.sampler_type == "LengthGroupedSampler" and grouped,
     }
 
 
@@ -183,6 +175,19 @@ def _check_model_type(file: ModelFile, document: Document, report: Report) -> No
         keys = ("predictor", "model_type")
         report.fail(f"predictor.model_type {kind!r} contradicts task {file.task!r}", document, keys,
                     "make both t2v or both i2v")  # fmt: skip
+
+
+def _check_first_frame_tiling(ae: AeFile, document: Document, report: Report) -> None:
+    """The first frame is encoded by the same VAE in the same way as the clips."""
+    for name in ("i2v_vae_encode_tiling", "i2v_vae_encod_tiling"):
+        value = getattr(ae.i2v_processor, name, None)
+        if value not in (None, "auto", ae.enable_tiling):
+            report.fail(
+                f"{name} {str(value).lower()} differs from enable_tiling {str(ae.enable_tiling).lower()}",
+                document,
+                ("ae", "i2v_processor", name),
+                "the first frame is encoded like the clips; write auto and set enable_tiling",
+            )
 
 
 def _stages(stages: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:

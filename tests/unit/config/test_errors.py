@@ -17,6 +17,16 @@ def _pop(block: dict, key: str) -> object:
     return block.pop(key)
 
 
+def _cache(world: World) -> None:
+    world.model.update(load_video_features=True, load_text_features=True)
+    world.data["dataset_param"]["dataset_type"] = "feature"
+
+
+def _wan21_i2v(world: World) -> None:
+    world.model["task"] = "i2v"
+    world.model["predictor"].update(model_type="i2v", in_dim=36)
+
+
 BROKEN_FILES: list[tuple[str, Break, str]] = [
     ("unknown key", lambda w: w.model["predictor"].update(num_head=4), "did you mean 'num_heads'"),
     ("wrong block", lambda w: w.model["predictor"].update(shift=3), "it belongs in 'diffusion'"),
@@ -62,6 +72,13 @@ BROKEN_FILES: list[tuple[str, Break, str]] = [
     ("fsdp word", lambda w: setattr(w, "fsdp2", w.fsdp2.replace("auto", "all")), "'auto'"),
     ("pattern", lambda w: setattr(w, "fsdp2", w.fsdp2.replace(".head", ".{1}.{2}")), "not a module pattern"),
     ("sigma_min", lambda w: w.model["diffusion"].update(sigma_min=0.1), "ends at 0"),
+    ("both cached", _cache, "not available yet"),
+    ("wan2.1 i2v", _wan21_i2v, "CLIP image tokens"),
+    (
+        "tiling",
+        lambda w: w.model["ae"].update(i2v_processor={"i2v_vae_encod_tiling": True}),
+        "differs from enable_tiling",
+    ),
     ("moe", lambda w: setattr(w, "fsdp2", w.fsdp2 + "expert_parallel_size: 2\n"), "dense experts"),
 ]
 

@@ -29,7 +29,7 @@ def test_the_launchers_line_with_the_example_values(world: World):
     assert (config.diffusion.expert, config.diffusion.boundary) == ("high", 0.875)
     assert config.diffusion.sigma_range == (0.875, 1.0) and config.diffusion.weighting == "none"
     assert (config.data.num_frames, config.data.caption_dropout) == (81, 0.1)
-    assert config.data.hw_stride == 16 and config.data.group_by_shape and not config.data.force_resolution
+    assert config.data.hw_stride == 16 and not config.data.force_resolution
     assert config.data.data_path == str(world.root / "data.txt")
     assert config.parallel.use_torch_fsdp2 and config.parallel.virtual_pipeline is None
     assert config.parallel.distributed_timeout_minutes == 20
@@ -50,7 +50,6 @@ def test_i2v_low(world: World):
     world.model["task"] = "i2v"
     config = parse(world.argv(), EIGHT)
     assert (config.diffusion.expert, config.diffusion.sigma_range) == ("low", (0.0, 0.9))
-    assert config.model.i2v_vae_encode_tiling is False
 
 
 def test_lora_launcher(world: World):
