@@ -49,7 +49,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Find out now whether ``path`` can be written, rather than after minutes of computing.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    probe = path.with_name(f".{path.name}.probe")
+    with atomic_path(probe) as temporary:
+        temporary.touch()
+    probe.unlink()
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:
