@@ -113,7 +113,7 @@ def parse(
             if role in roles:
                 name, diff = _diff(mm, role, roles[role], names, where)
                 diffs[name] = diff
-    return LoraFile(adapters, diffs, dict(metadata), format_name, scales.source, tuple(unmatched))
+    return LoraFile(adapters, diffs, dict(metadata), format_name, scales.source(), tuple(unmatched))
 
 
 def _collect(
@@ -209,7 +209,7 @@ class _AlphaSource:
         override: float | None,
     ) -> None:
         self.names, self.where, self.override = names, where, override
-        self.source = "default"
+        self._modules: dict[str, list[str]] = {}
         self.own = None
         if alphas.OWN_KEY in metadata:
             self.own = alphas.load_json(metadata[alphas.OWN_KEY], f"metadata {alphas.OWN_KEY}", where)
@@ -244,8 +244,17 @@ class _AlphaSource:
             alpha, source = self.override, "override"
         if not math.isfinite(alpha) or alpha <= 0:
             raise CheckpointError(f"{mm}: alpha is {alpha}", where=self.where, fix="use --alpha-override")
-        self.source = source
+        self._modules.setdefault(source, []).append(mm)
         return alpha
+
+    def source(self) -> str:
+        """Return where every alpha came from; files with alphas for some of their modules are damaged."""
+        if len(self._modules) > 1:
+            missing = next(modules for source, modules in self._modules.items() if source != "stored")
+            raise CheckpointError(f"alpha is stored for {len(self._modules['stored'])} modules but missing for "
+                                  f"{len(missing)}, first {missing[0]}", where=self.where,
+                                  fix="the file is damaged; or use --alpha-override")
+        return next(iter(self._modules), "default")
 
     def _own_alpha(self, mm: str) -> float:
         assert self.own is not None
