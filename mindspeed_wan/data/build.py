@@ -58,8 +58,8 @@ class OpenedClips:
             if group:
                 record, reason = group[0]
                 lines.append(f"data: {len(group)} clips {what}, e.g. {record.where}: {reason}")
-        for shape, dropped in self.sampler.dropped_per_epoch(global_batch_size).items():
-            lines.append(f"data: drop_last leaves out {dropped} clips of shape {shape} in each epoch")
+        for left_shape, dropped in self.sampler.dropped_per_epoch(global_batch_size).items():
+            lines.append(f"data: drop_last leaves out {dropped} clips of shape {left_shape} in each epoch")
         return lines
 
     def bad_sample_log(self, path: Path | None, max_fraction: float, *, write: bool = True) -> BadSampleLog:

@@ -139,19 +139,21 @@ def size_plan(settings: ClipSettings, height: int, width: int) -> SizePlan:
 
 
 def _exact_size(settings: ClipSettings, height: int, width: int) -> SizePlan:
-    """Short side to the target, centre cut at the target's ratio, then exactly the target."""
-    target = (settings.max_height, settings.max_width)
-    ratio = target[0] / target[1]
-    _check_aspect(height / width / ratio, height, width, settings)
-    if height / width < ratio:
-        resized = (target[0], int(target[0] / height * width))
+    """Short side to the target, centre cut at the target's ratio, then exactly the target.
+
+    In whole numbers: MindSpeed-MM's ``int(832 * (480 / 832))`` is 479, which costs a needless second resize.
+    """
+    target_height, target_width = settings.max_height, settings.max_width
+    _check_aspect(height * target_width / (width * target_height), height, width, settings)
+    if height * target_width < width * target_height:
+        resized = (target_height, target_height * width // height)
     else:
-        resized = (int(target[1] / width * height), target[1])
-    if resized[0] / resized[1] > ratio:
-        cropped = (int(resized[1] * ratio), resized[1])
+        resized = (target_width * height // width, target_width)
+    if resized[0] * target_width > resized[1] * target_height:
+        cropped = (resized[1] * target_height // target_width, resized[1])
     else:
-        cropped = (resized[0], int(resized[0] / ratio))
-    return SizePlan(resized, cropped, target)
+        cropped = (resized[0], resized[0] * target_width // target_height)
+    return SizePlan(resized, cropped, (target_height, target_width))
 
 
 def _free_size(settings: ClipSettings, height: int, width: int) -> SizePlan:

@@ -1,9 +1,10 @@
 """One reader for every video file: which frames there are, and exactly the frames asked for.
 
 Frame ``i`` is the i-th frame in order of presentation, whatever the frame rate does in between. PyAV decodes from the
-start (or from a key frame before the first wanted one) and counts, so it is the reference. decord indexes by time and
-is wrong on files with a variable frame rate; ``auto`` uses it only for files whose timestamps are evenly spaced and
-that are not rotated. torchcodec is used when asked for.
+start (or from a key frame before the first wanted one) and counts, so it is the reference and what ``auto`` takes.
+decord gives the same pixels at the same speed where it works, but finds frames by time (wrong on a variable frame rate,
+so those files are refused), ignores rotation, and decord2 3.4 fails on widths that are not a multiple of 64. torchcodec
+is used when asked for.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def read_frames(path: Path, indices: Sequence[int], *, backend: Backend = "auto"
     Args:
         path: the file.
         indices: wanted frames, ascending (repeats allowed).
-        backend: ``auto`` takes decord where it is installed and exact, else PyAV.
+        backend: ``auto`` takes PyAV, or decord where only that is installed.
         threads: decoder threads; 1 when several worker processes decode at once.
 
     Returns:
@@ -57,14 +58,8 @@ def read_frames(path: Path, indices: Sequence[int], *, backend: Backend = "auto"
     """
     if not len(indices):
         raise DataError("no frames were asked for", where=str(path))
-    chosen = resolve_backend(backend)
-    if chosen == "decord":
-        frames = _read_decord(path, indices, threads, exact_only=backend == "auto")
-        if frames is not None:
-            return frames
-    elif chosen == "torchcodec":
-        return _read_torchcodec(path, indices, threads)
-    return _read_pyav(path, indices, threads)
+    readers = {"pyav": _read_pyav, "decord": _read_decord, "torchcodec": _read_torchcodec}
+    return readers[resolve_backend(backend)](path, indices, threads)
 
 
 def resolve_backend(backend: Backend) -> str:
@@ -74,7 +69,7 @@ def resolve_backend(backend: Backend) -> str:
         ResourceError: asked for by name and not installed.
     """
     if backend == "auto":
-        return "decord" if importlib.util.find_spec("decord") else "pyav"
+        return "decord" if importlib.util.find_spec("decord") and not importlib.util.find_spec("av") else "pyav"
     module = {"pyav": "av"}.get(backend, backend)
     if importlib.util.find_spec(module) is None:
         package = {"pyav": "av", "decord": "decord2"}.get(backend, backend)
@@ -98,9 +93,13 @@ def _open(path: Path, threads: int) -> tuple[Any, Any]:
     except Exception as error:  # FFmpeg's errors are classes of many bases
         raise DataError(f"cannot open: {_reason(error)}", where=str(path)) from None
     if not container.streams.video:
+        only = ", only audio" if container.streams.audio else ""
         container.close()
-        raise DataError("has no video stream" + (", only audio" if container.streams.audio else ""), where=str(path))
+        raise DataError(f"has no video stream{only}", where=str(path))
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise DataError("its video stream names no codec, or one without a decoder here", where=str(path))
     stream.codec_context.thread_count = threads
     stream.thread_type = "AUTO" if threads != 1 else "SLICE"
     return container, stream
@@ -154,8 +153,8 @@ def _presentation_times(container: Any, stream: Any, path: Path) -> list[tuple[i
     return sorted(stamps)
 
 
-def _evenly_spaced(stamps: Sequence[float]) -> bool:
-    """True when timestamps rise by equal steps (to the rounding of the file's clock)."""
+def _evenly_spaced(stamps: Sequence[float] | np.ndarray, *, clock: float = 1.0) -> bool:
+    """True when timestamps rise by equal steps, to the rounding of the file's clock (one tick is ``clock``)."""
     if len(stamps) < 3:
         return True
     times = np.asarray(stamps, np.float64)
@@ -164,7 +163,7 @@ def _evenly_spaced(stamps: Sequence[float]) -> bool:
         return False
     deviation = np.abs(times - times[0] - step * np.arange(len(times)))
     # Clocks count in whole ticks; a step of 33.37 ticks shows as 33 and 34.
-    return bool(deviation.max() <= max(1.0, _EVEN_SPACING * step))
+    return bool(deviation.max() <= max(clock, _EVEN_SPACING * step))
 
 
 def _rotation(frame: Any, stream: Any) -> int:
@@ -197,6 +196,8 @@ def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
                 position += 1
         except Exception as error:
             raise DataError(f"cannot decode frame {position}: {_reason(error)}", where=str(path)) from None
+    if not position and not frames:
+        raise DataError("no frame can be decoded", where=str(path))
     if len(frames) < len(wanted):
         raise DataError(f"has {position} frames, frame {wanted[len(frames)]} was asked for", where=str(path),
                         fix="correct num_frames or cut in the annotation")
@@ -229,38 +230,25 @@ def _seek_near(container: Any, stream: Any, path: Path, first: int) -> int:
 # ---- decord and torchcodec -------------------------------------------------------------------------------------------
 
 
-def _read_decord(path: Path, indices: Sequence[int], threads: int, *, exact_only: bool) -> np.ndarray | None:
-    """Decode with decord; ``None`` when ``exact_only`` and decord cannot be trusted with this file."""
+def _read_decord(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=threads)
-        if exact_only and not _decord_is_exact(reader, path):
-            return None
-        if indices[-1] >= len(reader):
-            if exact_only:
-                return None  # PyAV counts for itself and words the error
-            raise DataError(f"has {len(reader)} frames, frame {indices[-1]} was asked for", where=str(path))
-        return np.asarray(reader.get_batch(list(indices)).asnumpy())
-    except DataError:
-        raise
+        count, stamps = len(reader), reader.get_frame_timestamp(range(len(reader)))[:, 0]
     except Exception as error:
-        if exact_only:
-            return None
-        raise DataError(f"decord cannot decode it: {_reason(error)}", where=str(path)) from None
-
-
-def _decord_is_exact(reader: Any, path: Path) -> bool:
-    stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
-    if len(stamps) > 2:
-        step = float(stamps[-1] - stamps[0]) / (len(stamps) - 1)
-        even = step > 0 and bool(np.abs(np.diff(stamps) - step).max() < 0.25 * step)
-        if not even:
-            return False
-    container, stream = _open(path, 1)
-    with container:
-        return _rotation(_first_frame(container, stream, path), stream) == 0
+        raise DataError(f"decord cannot open it: {_reason(error)}", where=str(path)) from None
+    if not _evenly_spaced(stamps, clock=1e-3):
+        raise DataError("its frame rate varies, and decord then returns wrong frames", where=str(path),
+                        fix="use the reader pyav")
+    if indices[-1] >= count:
+        raise DataError(f"has {count} frames, frame {indices[-1]} was asked for", where=str(path))
+    try:
+        return np.asarray(reader.get_batch(list(indices)).asnumpy())
+    except Exception as error:
+        raise DataError(f"decord cannot decode it: {_reason(error)}", where=str(path), fix="use the reader pyav"
+                        ) from None
 
 
 def _read_torchcodec(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
