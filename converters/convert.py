@@ -294,6 +294,9 @@ def _write(layout: Layout, options: Options) -> None:
                               resume=options.resume)
         seconds = progress.finish()
         _seal(staging, layout, written, options)
+        # Not after the commit: an exchange leaves the old result in the staging folder, and a journal beside it
+        # would make the next --resume take those files for finished ones.
+        journal_path(staging).unlink(missing_ok=True)
         commit_folder(staging, options.target)
     except (WanError, OSError) as error:
         # A full disk must not stay full of half-written files, and damaged input will not mend.

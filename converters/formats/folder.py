@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspeed_wan.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from mindspeed_wan.checkpoint.manifest import MANIFEST_NAME, confined, hash_file, read_manifest
 from mindspeed_wan.checkpoint.safe_load import SafeTensorsFile, read_safetensors_header, read_safetensors_index
 from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.models.wan.config import WanConfig
@@ -19,6 +19,7 @@ from mindspeed_wan_converters.plan import Card, Constant, Layout, OutputFile, Sl
 from mindspeed_wan_converters.tensors import Box, StoredTensor
 
 _STEM = "diffusion_pytorch_model"
+_WEIGHTS = (".safetensors", ".distcp", ".pt")
 _OTHER = {"hf": ("original Wan layout", "original_to_hf"), "original": ("Diffusers layout", "hf_to_original"),
           "mm": ("MindSpeed-MM's names", "mm_to_hf")}
 
@@ -87,13 +88,19 @@ def _known_checksums(folder: Path) -> dict[str, int]:
 
 
 def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare file sizes with the manifest (content is checked while it is read)."""
+    """Compare all file sizes and the content of small files with the manifest.
+
+    Files of weights are compared tensor by tensor while they are read.
+    """
     for name, record in manifest["files"].items():
-        file = folder / name
+        file = confined(folder, name)
         size = file.stat().st_size if file.is_file() else None
         if size != record["size"]:
             raise CheckpointError(f"{'is missing' if size is None else f'has {size} bytes'}; the manifest says "
                                   f"{record['size']}", where=str(file), fix="the folder is damaged; copy it again")
+        if file.suffix not in _WEIGHTS and hash_file(file, full=False).crc32 != record["crc32"]:
+            raise CheckpointError("its content does not match the checksum of the manifest", where=str(file),
+                                  fix="the folder is damaged; copy it again")
 
 
 def _check_layout(found: Mapping[str, StoredTensor], names: Names, path: Path) -> None:

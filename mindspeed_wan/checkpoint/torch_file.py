@@ -15,6 +15,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -219,6 +220,9 @@ def _read_zip(path: Path, window: _Window, start: int, length: int) -> tuple[dic
         _refuse_big_endian(path, window, start, records["byteorder"])
     window.seek(records["data.pkl"].offset - start)
     pickled = window.read(records["data.pkl"].size) or b""
+    if zlib.crc32(pickled) != records["data.pkl"].crc32:
+        raise CheckpointError("data.pkl does not match its checksum: the file is damaged", where=str(path),
+                              fix="download or save it again")
     return records, pickled
 
 
