@@ -12,11 +12,11 @@ from mindspeed_wan.checkpoint.sources import check_expert, check_names_and_shape
 from mindspeed_wan.checkpoint.weights import checked
 from mindspeed_wan.config.describe import describe
 from mindspeed_wan.config.schema import RunConfig
+from mindspeed_wan.data.build import open_clips
 from mindspeed_wan.errors import ResourceError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.training.restore import check_card, training_checkpoint, weights_found
-from mindspeed_wan.training.source import open_data
 
 
 def check(config: RunConfig) -> str:
@@ -25,10 +25,8 @@ def check(config: RunConfig) -> str:
     Raises:
         WanError: the first thing that would stop the run.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     wan = WanConfig.from_dict(config.model.wan.to_dict())
-    lines = [describe(config, world_size), f"{'weights':<12}{_check_start(config, wan)}",
-             f"{'data':<12}{open_data(config).describe()}"]
+    lines = [describe(config), f"{'weights':<12}{_check_start(config, wan)}", *_check_data(config)]
     _check_save_folder(config)
     return "\n".join([*lines, "dry run: everything this run needs is in place"])
 
@@ -46,6 +44,12 @@ def _check_start(config: RunConfig, wan: WanConfig) -> str:
     with open_weights(found, wan) as files:
         check_names_and_shapes(files, {p.mm: p.shape for p in parameter_table(wan)}, wan)
         return f"{len(files.tensors)} tensors, {found.kind}, {found.path}"
+
+
+def _check_data(config: RunConfig) -> list[str]:
+    clips = open_clips(config.data, seed=config.training.seed)
+    clips.bad_sample_log(None, config.data.max_bad_fraction)
+    return clips.describe(config.training.global_batch_size or 1)
 
 
 def _check_save_folder(config: RunConfig) -> None:

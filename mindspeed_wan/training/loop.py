@@ -11,12 +11,14 @@ from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.errors import StopRequested
 from mindspeed_wan.platforms import rank
 from mindspeed_wan.platforms.base import Platform
+from mindspeed_wan.platforms.rank import beat
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.encoders import Features
 from mindspeed_wan.training.lr_schedule import Schedule
 from mindspeed_wan.training.metrics import IterationReport, MetricsWriter, Throughput, log_line
 from mindspeed_wan.training.optimizer import AdamW
 from mindspeed_wan.training.saving import Saver
+from mindspeed_wan.training.source import BatchSource
 from mindspeed_wan.training.step import TrainStep
 from mindspeed_wan.training.stop import StopRequest
 
@@ -36,6 +38,7 @@ class Run:
     schedule: Schedule
     progress: Progress
     features: Iterator[Features]
+    source: BatchSource
     rates: Throughput
     first_rank: bool
     ema: Ema | None = None
@@ -71,11 +74,12 @@ def train(run: Run) -> None:
 
 def _iteration(run: Run, stop: StopRequest) -> tuple[IterationReport, bool]:
     """Do one optimizer step; returns its report and whether the job agreed to stop."""
-    progress, started = run.progress, time.perf_counter()
+    progress, started, waited = run.progress, time.perf_counter(), run.source.waited
     rate = run.schedule.learning_rate(progress.consumed_samples)
     accumulated = run.step.accumulate(run.features, stop=stop.wanted)
     norm = run.step.update(run.optimizer, accumulated, iteration=progress.iteration + 1, learning_rate=rate,
                            weight_decay=run.schedule.weight_decay(progress.consumed_samples))
+    beat(progress.iteration + 1)
     if run.ema is not None:
         run.ema.update(run.optimizer.masters())
         progress.ema_updates = run.ema.updates
@@ -85,7 +89,7 @@ def _iteration(run: Run, stop: StopRequest) -> tuple[IterationReport, bool]:
     report = IterationReport(
         iteration=progress.iteration, consumed_samples=progress.consumed_samples, loss=accumulated.loss,
         grad_norm=norm, lr=rate, sigma=accumulated.sigma, seconds=time.perf_counter() - started,
-        data_seconds=accumulated.data_seconds,
+        data_seconds=run.source.waited - waited,
     )
     return report, accumulated.stop
 

@@ -14,6 +14,7 @@ from mindspeed_wan.platforms.base import Platform
 
 if TYPE_CHECKING:
     from mindspeed_wan.config.schema import RunConfig
+    from mindspeed_wan.training.loop import Run
 
 _NOISE = (
     (UserWarning, "torch.distributed.fsdp"),
@@ -56,7 +57,7 @@ def _train(config: RunConfig, platform: Platform) -> int:
     init_distributed(platform, config.parallel.distributed_timeout_minutes)
     run = prepare(config, platform)
     if is_first():
-        announce(run.config, run.step.groups.dims.world_size, platform)
+        announce(run, platform)
     try:
         train(run)
     finally:
@@ -67,9 +68,11 @@ def _train(config: RunConfig, platform: Platform) -> int:
     return EXIT_OK
 
 
-def announce(config: RunConfig, world_size: int, platform: Platform) -> None:
+def announce(run: Run, platform: Platform) -> None:
     """Print what is about to be trained, once."""
     from mindspeed_wan.config.describe import describe
 
+    world_size = run.step.groups.dims.world_size
     print(f"training on {world_size} x {platform.device_name()} ({platform.name}, {platform.backend})")
-    print(describe(config, world_size), flush=True)
+    print(describe(run.config, world_size))
+    print("\n".join(run.source.description), flush=True)

@@ -32,7 +32,7 @@ from mindspeed_wan.training.objective import Objective
 from mindspeed_wan.training.optimizer import AdamW
 from mindspeed_wan.training.restore import model_card, restore
 from mindspeed_wan.training.saving import Saver
-from mindspeed_wan.training.source import micro_batches, open_data_once
+from mindspeed_wan.training.source import BatchSource
 from mindspeed_wan.training.step import TrainStep
 
 
@@ -56,11 +56,8 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
     ema = Ema(optimizer.masters(), config.training.ema_decay) if config.training.ema_decay is not None else None
     progress = restore(config, model, groups, optimizer, ema)
     progress.global_batch_size = config.global_batch(world_size)
-    source = open_data_once(config)
-    if is_first():
-        print(f" data: {source.describe()}", flush=True)
+    source = BatchSource(config, groups, platform, progress.consumed_samples)
     encoders = all_or_none(lambda: Encoders(config, groups, platform))
-    batches = micro_batches(config, source, groups, progress.consumed_samples)
     run = Run(
         config=config,
         platform=platform,
@@ -68,7 +65,8 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
         optimizer=optimizer,
         schedule=schedule(config, world_size),
         progress=progress,
-        features=encoders.stream(batches),
+        features=encoders.stream(source),
+        source=source,
         rates=throughput(config, wan, world_size, platform),
         first_rank=is_first(),
         ema=ema,

@@ -8,7 +8,6 @@ depend on how the batch is cut.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,15 +25,11 @@ from mindspeed_wan.training.optimizer import AdamW
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What all ranks know after the backward passes: means over the global batch, and whether anybody must stop.
-
-    ``data_seconds`` is this rank's own wait for features.
-    """
+    """What all ranks know after the backward passes: means over the global batch, and whether anybody must stop."""
 
     loss: float
     sigma: float
     stop: bool
-    data_seconds: float
 
 
 class TrainStep:
@@ -64,12 +59,8 @@ class TrainStep:
             stop: this rank wants to stop after the step.
         """
         totals = torch.zeros(2, device=self.device)
-        waited = 0.0
         for _ in range(self.accumulation):
-            before = time.perf_counter()
-            batch = next(features)
-            waited += time.perf_counter() - before
-            losses, sigma = self.losses(batch)
+            losses, sigma = self.losses(next(features))
             (losses.sum() / self.samples_per_rank).backward()
             totals += torch.stack((losses.detach().sum(), sigma.sum()))
         agreed = torch.cat((totals / self.samples_per_rank, torch.tensor([float(stop)], device=self.device)))
@@ -78,7 +69,7 @@ class TrainStep:
             dist.all_reduce(agreed)
             agreed /= dist.get_world_size()
         loss, mean_sigma, stops = agreed.tolist()
-        return Accumulated(loss, mean_sigma, stops > 0, waited)
+        return Accumulated(loss, mean_sigma, stops > 0)
 
     def losses(self, batch: Features) -> tuple[Tensor, Tensor]:
         """Return (weighted loss [B], sigma [B]) of one micro-batch, with the graph attached to the loss."""

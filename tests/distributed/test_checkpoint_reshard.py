@@ -1,4 +1,4 @@
-"""A checkpoint written in one layout gives the same bits in every other, and training goes on as if nothing happened."""
+"""A checkpoint of one layout gives the same bits in every other, and training goes on as if nothing happened."""
 
 from __future__ import annotations
 
