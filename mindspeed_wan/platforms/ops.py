@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.platforms import attention as attention_kernels
-from mindspeed_wan.platforms import reference
+from mindspeed_wan.platforms import eager
 from mindspeed_wan.platforms.attention import AttentionGradients, AttentionResult
 
 
@@ -40,10 +40,10 @@ class Kernels:
 def _torch_kernels() -> Kernels:
     return Kernels(
         name="torch",
-        rms_norm=reference.rms_norm,
-        rotary=reference.rotary,
-        layer_norm=reference.layer_norm,
-        modulated_layer_norm=reference.modulated_layer_norm,
+        rms_norm=eager.rms_norm,
+        rotary=eager.rotary,
+        layer_norm=eager.layer_norm,
+        modulated_layer_norm=eager.modulated_layer_norm,
         attention_backend="sdpa",
     )
 

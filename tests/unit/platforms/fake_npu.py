@@ -40,7 +40,7 @@ def _join_heads(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).flatten(2)
 
 
-def fusion_attention(  # noqa: PLR0917 (the operator's own)
+def fusion_attention(
     query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0, *rest, **options
 ):
     """Softmax max and sum come back as ``[B, N, S, 8]``, eight equal values, as on the device."""
@@ -55,7 +55,7 @@ def fusion_attention(  # noqa: PLR0917 (the operator's own)
     return _join_heads(weights / total @ v), *wide, torch.empty(0), 0, 0, 0
 
 
-def fusion_attention_grad(  # noqa: PLR0917 (the operator's own)
+def fusion_attention_grad(
     query, key, value, dy, head_num, input_layout, *, softmax_max, softmax_sum, attention_in, scale_value, **options
 ):
     """P = exp(S - max) / sum, and the textbook gradients from it."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.platforms import attention as kernels
-from mindspeed_wan.platforms import ops
+from mindspeed_wan.platforms import eager, ops, reference
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -120,7 +120,48 @@ def test_rms_norm(dtype, weight_dtype):
     expected = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
     out = ops.rms_norm(x, weight, 1e-6)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, expected.to(dtype), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    tolerance = 2e-2 if torch.bfloat16 in (dtype, weight_dtype) else 1e-5
+    torch.testing.assert_close(out, expected.to(dtype), rtol=tolerance, atol=1e-5)
+    cotangent = torch.randn_like(out)
+    want = torch.autograd.grad(expected, (x, weight), cotangent.double())
+    for grad, expected_grad in zip(torch.autograd.grad(out, (x, weight), cotangent), want, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=5 * tolerance, atol=5 * tolerance)
+
+
+def test_rms_norm_takes_any_strides():
+    x, weight, cotangent = random(2, 5, 16), random(16, seed=1), torch.randn(2, 5, 16)
+    strided = torch.autograd.grad(ops.rms_norm(x.transpose(0, 1), weight, 1e-6).transpose(0, 1), (x, weight), cotangent)
+    plain = torch.autograd.grad(ops.rms_norm(x, weight, 1e-6), (x, weight), cotangent)
+    for grad, want in zip(strided, plain, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+def test_rms_norm_gives_only_the_gradients_that_are_needed():
+    x, weight = random(5, 2, 16), random(16, seed=1)
+    (grad,) = torch.autograd.grad(ops.rms_norm(x.detach(), weight, 1e-6).sum(), weight)
+    assert torch.equal(grad, torch.autograd.grad(ops.rms_norm(x, weight, 1e-6).sum(), weight)[0])
+    (grad,) = torch.autograd.grad(ops.rms_norm(x, weight.detach(), 1e-6).sum(), x)
+    assert torch.equal(grad, torch.autograd.grad(ops.rms_norm(x, weight, 1e-6).sum(), x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_eager_kernels_equal_the_plain_formulas(dtype):
+    x, weight, bias = random(6, 1, 16, dtype=dtype), random(16), random(16, seed=4)
+    cos, sin = rotary_tables(6, 8)
+    pairs = [
+        (lambda m: m.rms_norm(x, weight, 1e-6)),
+        (lambda m: m.rotary(x.unflatten(-1, (2, 8)), cos, sin)),
+        (lambda m: m.rotary(x.unflatten(-1, (2, 8))[:, :, 1:], cos, sin)),
+        (lambda m: m.layer_norm(x, weight, bias, 1e-6, None)),
+        (lambda m: m.modulated_layer_norm(x, weight, bias, 1e-6, None)),
+        (lambda m: m.modulated_layer_norm(x, weight[None, None], bias[None, None], 1e-6, torch.bfloat16)),
+    ]
+    for call in pairs:
+        fast, plain = call(eager), call(reference)
+        assert fast.dtype == plain.dtype
+        torch.testing.assert_close(fast, plain, rtol=1e-5 if fast.dtype == torch.float32 else 1e-2, atol=1e-6)
+        fast_grad, plain_grad = (torch.autograd.grad(out, x, torch.ones_like(out))[0] for out in (fast, plain))
+        torch.testing.assert_close(fast_grad, plain_grad, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
