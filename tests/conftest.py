@@ -10,3 +10,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MINDSPEED_WAN_DEVICE", "cpu")
+
+from pathlib import Path  # noqa: E402 - after the environment of the libraries is set
+
+import pytest  # noqa: E402
+
+_CORE = ("unit/models", "unit/parallel", "unit/diffusion", "unit/platforms", "unit/checkpoint", "unit/training",
+         "unit/config", "unit/lora", "distributed", "converters")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what must also run on the oldest supported torch and megatron-core (``make test-oldest``)."""
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).as_posix().startswith(_CORE):
+            item.add_marker(pytest.mark.core)
