@@ -20,8 +20,8 @@ from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.views import global_view, local_slices
 from mindspeed_wan.parallel.groups import ParallelGroups
 
-CHUNK_ELEMENTS = 8 << 20
-"""Rows of a weight are merged in runs of about this many elements (32 MiB in fp32)."""
+CHUNK_ELEMENTS = 2 << 20
+"""Rows of a weight are merged in runs of about this many elements (8 MiB in fp32)."""
 
 Weighted = Sequence[tuple[LoraFile, float]]
 """Adapter files with their weights; their updates add up."""

@@ -31,7 +31,8 @@ from mindspeed_wan.models.wan.config import WanConfig
 
 MERGE_TOLERANCE = 1e-3
 """Largest error of an fp32 merge, relative to the change; measured about 1e-5 on weights of std 0.02."""
-PARITY_TOLERANCE = 1e-4
+PARITY_TOLERANCE = 1e-3
+"""Largest difference of merged and unmerged forward passes, relative to the change of the output."""
 OUTLIER_FACTOR = 100.0
 """A module whose change is this many times the median is suspicious."""
 BASE_STD = 0.02
