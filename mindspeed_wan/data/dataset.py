@@ -124,7 +124,58 @@ def _completed(record: ClipRecord) -> ClipRecord | str:
                    height=record.height or info.height, width=record.width or info.width)
 
 
-class ClipDataset(torch.utils.data.Dataset):
+class KeyedDataset(torch.utils.data.Dataset):
+    """What data sets of clips and of cached features share: records by index, and choices that follow from the key.
+
+    Args:
+        captions: the texts of every record.
+        shapes: the shape of every record; a bad one is replaced by another of its shape.
+        seed: of all choices.
+        caption_dropout: probability of an empty caption.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]], shapes: Sequence[Shape], seed: int, caption_dropout: float
+                 ) -> None:
+        self.captions, self.shapes, self.seed, self.caption_dropout = captions, list(shapes), seed, caption_dropout
+        self._same_shape: dict[Shape, list[int]] = {}
+        for index, shape in enumerate(self.shapes):
+            self._same_shape.setdefault(shape, []).append(index)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def candidates(self, epoch: int, index: int) -> Iterable[int]:
+        """Yield the clip itself, then others of its shape in an order that depends on the key alone."""
+        yield index
+        others = [other for other in self._same_shape[self.shapes[index]] if other != index]
+        draws = self.draws(epoch, index, "replacement", MAX_REPLACEMENTS)
+        for draw in draws[: len(others)]:
+            yield others.pop(int(draw * len(others)))
+
+    def caption_choice(self, epoch: int, index: int) -> int | None:
+        """Return which of a record's captions a sample gets, ``None`` where it is dropped."""
+        pick, drop = self.draws(epoch, index, "caption", 2)
+        return None if drop < self.caption_dropout else int(pick * len(self.captions[index]))
+
+    def caption(self, epoch: int, index: int) -> str:
+        """Return the caption of a sample: one of the record's texts, or "" where it is dropped."""
+        choice = self.caption_choice(epoch, index)
+        return "" if choice is None else self.captions[index][choice]
+
+    def draws(self, epoch: int, index: int, stream: str, count: int) -> list[float]:
+        """Return numbers in [0, 1) that belong to (seed, epoch, index, stream)."""
+        values = randomness.uniform(count, seed=self.seed, sample_index=index, epoch=epoch, stream=f"data/{stream}")
+        return values.tolist()
+
+
+def give_up(bad: Sequence[BadSample]) -> Failure:
+    """Return the failure of a sample whose clip and replacements are all bad."""
+    last = bad[-1]
+    return Failure(f"{last.path}: {last.reason} (and {len(bad) - 1} replacements cannot be read either)", last.where,
+                   tuple(bad))
+
+
+class ClipDataset(KeyedDataset):
     """Clips by (epoch, index).
 
     Args:
@@ -135,39 +186,23 @@ class ClipDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, prepared: Prepared, settings: ClipSettings, *, seed: int = 0, decoder_threads: int = 1) -> None:
-        self.records, self.shapes = prepared.records, prepared.shapes
-        self.settings, self.seed, self.decoder_threads = settings, seed, decoder_threads
-        self._same_shape: dict[Shape, list[int]] = {}
-        for index, shape in enumerate(self.shapes):
-            self._same_shape.setdefault(shape, []).append(index)
-
-    def __len__(self) -> int:
-        return len(self.records)
+        super().__init__([record.captions for record in prepared.records], prepared.shapes, seed,
+                         settings.caption_dropout)
+        self.records, self.settings, self.decoder_threads = prepared.records, settings, decoder_threads
 
     def __getitem__(self, key: Key) -> Sample | Failure:
         """Return the sample of (epoch, index), or of its replacement when that clip cannot be read."""
         epoch, index = key
         bad: list[BadSample] = []
-        for source in self._candidates(epoch, index):
+        for source in self.candidates(epoch, index):
+            record = self.records[source]
             try:
                 pixels = self.read(epoch, source)
             except DataError as error:
-                record = self.records[source]
                 bad.append(BadSample(source, str(record.path), record.where, error.message))
                 continue
-            return Sample(index, epoch, source, pixels, self.caption(epoch, source), self.records[source].path,
-                          tuple(bad))
-        last = bad[-1]
-        return Failure(f"{last.path}: {last.reason} (and {len(bad) - 1} replacements cannot be read either)",
-                       last.where, tuple(bad))
-
-    def _candidates(self, epoch: int, index: int) -> Iterable[int]:
-        """Yield the clip itself, then others of its shape in an order that depends on the key alone."""
-        yield index
-        others = [other for other in self._same_shape[self.shapes[index]] if other != index]
-        draws = self._draws(epoch, index, "replacement", MAX_REPLACEMENTS)
-        for draw in draws[: len(others)]:
-            yield others.pop(int(draw * len(others)))
+            return Sample(index, epoch, source, pixels, self.caption(epoch, source), record.path, tuple(bad))
+        return give_up(bad)
 
     def read(self, epoch: int, index: int) -> Tensor:
         """Decode and transform one clip to [3, F, h, w] fp32.
@@ -176,7 +211,7 @@ class ClipDataset(torch.utils.data.Dataset):
             DataError: the clip cannot be read, or is not what its annotation says.
         """
         record, settings = self.records[index], self.settings
-        place, down, across = self._draws(epoch, index, "window", 3)
+        place, down, across = self.draws(epoch, index, "window", 3)
         if record.kind == "image":
             frames = video.read_image(record.path)
         else:
@@ -194,13 +229,3 @@ class ClipDataset(torch.utils.data.Dataset):
             raise DataError(f"the annotation's size {record.height}x{record.width} is not the file's "
                             f"{frames.shape[1]}x{frames.shape[2]}")
         return transforms.to_sample(frames, size, settings, (down, across))
-
-    def caption(self, epoch: int, index: int) -> str:
-        """Return the caption of a sample: one of the clip's texts, or "" where it is dropped."""
-        texts = self.records[index].captions
-        pick, drop = self._draws(epoch, index, "caption", 2)
-        return "" if drop < self.settings.caption_dropout else texts[int(pick * len(texts))]
-
-    def _draws(self, epoch: int, index: int, stream: str, count: int) -> list[float]:
-        values = randomness.uniform(count, seed=self.seed, sample_index=index, epoch=epoch, stream=f"data/{stream}")
-        return values.tolist()

@@ -1,4 +1,4 @@
-"""Frames and sizes as MindSpeed-MM's pipeline takes them; the reference here is its published rule, written out plainly."""
+"""Frames and sizes as MindSpeed-MM takes them; the reference here is its published rule, written out plainly."""
 
 from __future__ import annotations
 
