@@ -263,6 +263,9 @@ class LocalRanks:
         stopped = [rank.rank for rank in self.alive() if rank.suspended()]
         if stopped:
             return f"\n  suspended (SIGSTOP): rank {', '.join(map(str, stopped))}"
+        busy = [rank.rank for rank in self.alive()]
+        if 0 < len(busy) < len(self.ranks):
+            return f"\n  still busy when the others gave up: rank {', '.join(map(str, busy))} (stacks above)"
         beats = {rank.rank: beat for rank in self.ranks if (beat := rank.progress()) is not None}
         if not beats or len({iteration for _, iteration in beats.values()}) == 1:
             return ""

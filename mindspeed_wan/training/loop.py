@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from mindspeed_wan.checkpoint.dcp import Progress
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.errors import StopRequested
-from mindspeed_wan.platforms import rank
 from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.platforms.rank import beat
 from mindspeed_wan.training.ema import Ema
@@ -60,7 +59,6 @@ def train(run: Run) -> None:
         while run.progress.iteration < total:
             report, stopping = _iteration(run, stop)
             meter.add(report)
-            rank.beat(run.progress.iteration)
             if run.saver is not None:
                 run.saver.poll()
             _evaluate_if_due(run)

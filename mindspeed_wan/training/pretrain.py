@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(check(config))
         return EXIT_OK
-    return _train(config, platform)
+    from mindspeed_wan.parallel.failures import explained
+
+    with explained():
+        return _train(config, platform)
 
 
 def _train(config: RunConfig, platform: Platform) -> int:
