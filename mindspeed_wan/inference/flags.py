@@ -62,6 +62,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("negative_prompt", "negative_prompt", str, "what to avoid; Wan's own text by default"),
         Flag("image", "images", str, "I2V: first frame, one for all prompts or one for each", many=True),
         Flag("last_image", "last_images", str, "I2V: last frame, likewise", many=True),
+        Flag("start_frames", "start_frames", int, "I2V: frames taken from the start of --image CLIP.mp4"),
         Flag("size", "size", parse_size, "WIDTH*HEIGHT in pixels, multiples of 16; I2V keeps the image's shape"),
         Flag("frame_num", "num_frames", int, "frames, 4k+1"),
         Flag("fps", "fps", int, "frames per second of the mp4"),

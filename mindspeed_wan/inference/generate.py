@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mindspeed_wan.parallel.agreement import barrier
     from mindspeed_wan.parallel.groups import destroy
 
-    generator = WanGenerator.from_options(options)
+    generator = WanGenerator.from_options(options, whole_list=True)
     try:
         _run(generator)
         barrier()
@@ -128,8 +128,9 @@ def _record(
 
     import mindspeed_wan
 
+    assert result.video is not None
     runtime, settings = generator.runtime, result.settings
-    height, width = generator.options.size
+    height, width = result.video.shape[-2:]
     return {
         "video": str(job.output), "prompt": job.prompt, "seed": job.seed, "width": width, "height": height,
         "num_frames": settings["num_frames"], "settings": settings, "settings_hash": settings_hash(settings),

@@ -82,6 +82,7 @@ class GenerateOptions:
     images: tuple[str, ...] = ()
     last_images: tuple[str, ...] = ()
     conditioning: str | None = None
+    start_frames: int = 1
     size: tuple[int, int] = (720, 1280)
     num_frames: int | None = None
     fps: int | None = None
@@ -143,15 +144,17 @@ class GenerateOptions:
     def check(self, *, num_heads: int | None = None, whole_list: bool = True) -> None:
         """Raise one ``ConfigError`` that lists everything that cannot be run, each with what would be legal.
 
-        ``whole_list`` says that ``prompts`` are all there will be, so that every replica must get one.
+        ``whole_list`` says that prompts and images are all there will be: every replica must get one video.
         """
         videos = len(self.prompts) * self.videos_per_prompt if whole_list and self.prompts else None
         raise_problems(
-            [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(), *self._prompt_problems(),
-             *self.layout.problems(num_heads, videos)]
+            [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(),
+             *(self._prompt_problems() if whole_list else ()), *self.layout.problems(num_heads, videos)]
         )
 
     def _choice_problems(self) -> list[str]:
+        if self.task and self.task.startswith("ti2v"):
+            return [f"--task {self.task}: TI2V-5B is out of scope; this package runs Wan2.2 A14B and Wan2.1 14B"]
         found = []
         for name, legal in CHOICES.items():
             value = getattr(self, name)
@@ -211,6 +214,8 @@ class GenerateOptions:
             found.append(f"--task {self.task} needs a first frame: give --image FILE")
         if self.task and self.task.startswith("t2v") and (self.images or self.last_images):
             found.append(f"--task {self.task} takes no image; I2V weights do")
+        if self.start_frames < 1:
+            found.append(f"--start_frames is {self.start_frames}, at least 1 is needed")
         if self.last_images and not self.images:
             found.append("a last image needs a first one: give --image FILE")
         return found
@@ -242,9 +247,9 @@ class GenerateOptions:
 
         ``weights`` identifies the weight files.
         """
-        names = ("task", "negative_prompt", "clean_prompts", "conditioning", "num_frames", "fps", "steps", "shift",
-                 "solver", "grid", "guidance", "boundary", "max_text_length", "noise", "dtype", "vae_dtype",
-                 "text_dtype", "vae_tile")
+        names = ("task", "negative_prompt", "clean_prompts", "conditioning", "start_frames", "num_frames", "fps",
+                 "steps", "shift", "solver", "grid", "guidance", "boundary", "max_text_length", "noise", "dtype",
+                 "vae_dtype", "text_dtype", "vae_tile")
         values = {name: value for name, value in asdict(self).items() if name in names}
         height, width = self.size
         images = {name: _file_digest(path) for name, path in (("image", job.image), ("last_image", job.last_image))

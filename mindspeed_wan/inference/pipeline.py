@@ -21,6 +21,7 @@ from mindspeed_wan.diffusion.solvers import make_solver
 from mindspeed_wan.inference import memory, video_io
 from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
 from mindspeed_wan.inference.experts import Experts, Modify, open_experts
+from mindspeed_wan.inference.images import ImageConditions
 from mindspeed_wan.inference.options import GenerateOptions, VideoJob
 from mindspeed_wan.inference.prompts import PromptEncoder
 from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
@@ -87,6 +88,7 @@ class WanGenerator:
         )
         self.modify: Modify | None = None
         self.plan: memory.MemoryPlan | None = None
+        self.images = ImageConditions(folder, runtime, self.vae)
         self._experts: Experts | None = None
         self._vae: WanVAE | None = None
 
@@ -102,15 +104,18 @@ class WanGenerator:
         Raises:
             WanError: as the command line does.
         """
-        asked = GenerateOptions(**{"prompts": ("-",), **options, "ckpt_dir": Path(path) if path else None})
+        asked = GenerateOptions(**{**options, "ckpt_dir": Path(path) if path else None})
         return cls.from_options(asked)
 
     @classmethod
-    def from_options(cls, options: GenerateOptions) -> WanGenerator:
-        """Recognise the weights that ``options`` name, check everything, and join the job."""
+    def from_options(cls, options: GenerateOptions, *, whole_list: bool = False) -> WanGenerator:
+        """Recognise the weights that ``options`` name, check everything, and join the job.
+
+        ``whole_list`` says that the options' prompts and images are all there will be, and checks them too.
+        """
         folder = recognise(options)
         options = with_folder_defaults(options, folder)
-        options.check(num_heads=folder.config.num_heads, whole_list=False)
+        options.check(num_heads=folder.config.num_heads, whole_list=whole_list)
         platform = get_platform(options.device)
         return cls(folder, options, start(platform, options.layout, options.timeout_minutes))
 
@@ -136,7 +141,8 @@ class WanGenerator:
                           last_images=(last_image,) if last_image else ())
         if seed is not None:
             options = replace(options, base_seed=seed)
-        options.check(num_heads=self.folder.config.num_heads, whole_list=False)
+        alone = replace(options, layout=replace(options.layout, world_size=options.layout.replica_size))
+        alone.check(num_heads=self.folder.config.num_heads)
         return self.generate(options.jobs()[0], options, decode=decode, on_progress=on_progress)
 
     def generate(
@@ -146,11 +152,17 @@ class WanGenerator:
         """Generate the video of ``job``. Collective over the replica."""
         options = options or self.options
         watch = Stopwatch(self.runtime)
-        height, width = options.size
+        settings = options.settings(job, self.folder.identity)
+        options = replace(options, size=self.images.size(job, options))
         assert options.num_frames is not None and options.fps is not None and options.guidance is not None
-        latent = latent_shape(options.num_frames, height, width)
+        latent = latent_shape(options.num_frames, *options.size)
         with watch.stage("text"):
             prompt, negative = self.prompts.encode([job.prompt, options.negative_prompt])
+        with watch.stage("image"):
+            conditions = Conditions(
+                prompt=prompt, negative=negative, channels=self.images.channels(job, options),
+                image_embeds=self.images.embeds(job, options),
+            )
         with watch.stage("load"):
             experts = self.experts(latent)
         low, high = options.guidance
@@ -159,14 +171,14 @@ class WanGenerator:
             scales={"high": high, "low": low}, boundary=options.boundary,
         )
         noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
-        latents, times = denoiser.run(noise, Conditions(prompt=prompt, negative=negative), on_progress)
+        latents, times = denoiser.run(noise, conditions, on_progress)
         video = None
         if decode:
             with watch.stage("decode"):
                 video = self._decode(latents)
         return GeneratedVideo(
             latents=latents[0].cpu(), video=video, fps=options.fps, seconds=_all_seconds(watch, times),
-            steps=times.seconds, settings=options.settings(job, self.folder.identity),
+            steps=times.seconds, settings=settings,
         )
 
     @staticmethod

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from mindspeed_wan.errors import DataError
 from mindspeed_wan.inference.layout import InferenceLayout
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import tiny_original_folder, tiny_pipeline_folder
@@ -21,21 +24,17 @@ def _generate(rank: int, world_size: int, folder: Path, options: dict[str, Any])
 
     options = {"dtype": "fp32", "device": "cpu", **options}
     options["layout"] = InferenceLayout(world_size=world_size, **options.pop("layout", {}))
-    prompts = options.pop("use_prompts", PROMPTS[:1])
+    prompts, image = options.pop("use_prompts", PROMPTS[:1]), options.pop("image", None)
     generator = WanGenerator.from_pretrained(folder, **options)
     mine = prompts[generator.runtime.replica :: generator.runtime.layout.replicas]
-    results = {prompt: generator(prompt, **CALL) for prompt in mine}
+    results = {prompt: generator(prompt, **CALL, image=image) for prompt in mine}
     return {prompt: (result.latents, result.video) for prompt, result in results.items()}
 
 
-_reference: dict[str, dict[str, Any]] = {}
-
-
-def reference(kind: str = "t2v") -> dict[str, Any]:
+@functools.cache
+def reference() -> dict[str, Any]:
     """One rank's latents and frames, made once."""
-    if kind not in _reference:
-        _reference[kind] = run_ranks(_generate, 1, tiny_pipeline_folder(task=kind), {"use_prompts": PROMPTS})[0]
-    return _reference[kind]
+    return run_ranks(_generate, 1, tiny_pipeline_folder(), {"use_prompts": PROMPTS})[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -82,3 +81,36 @@ def test_replicas_share_a_list_of_prompts(world_size, layout):
 def test_the_original_folder_gives_the_same_video_on_tensor_ranks():
     outcomes = run_ranks(_generate, 2, tiny_original_folder(), {"layout": {"tensor": 2}})
     assert relative(outcomes[0][PROMPTS[0]][0], reference()[PROMPTS[0]][0]) <= 1e-5
+
+
+I2V_LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
+    ("i2v", 2, {"cfg": 2, "vae_parallel": True}),
+    ("i2v", 2, {"tensor": 2}),
+    ("i2v", 4, {"ulysses": 4, "dit_fsdp": True, "t5_fsdp": True, "vae_parallel": True}),
+    ("wan2.1-i2v", 2, {"ulysses": 2}),
+    ("wan2.1-i2v", 4, {"cfg": 2, "tensor": 2, "vae_parallel": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "world_size", "layout"), I2V_LAYOUTS, ids=str)
+def test_image_to_video_on_every_layout(tmp_path, kind, world_size, layout):
+    image = tmp_path / "first.png"
+    pixels = torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    Image.fromarray(pixels.numpy()).save(image)
+    folder = tiny_pipeline_folder(task=kind)
+    ((latents, video),) = run_ranks(_generate, 1, folder, {"image": str(image)})[0].values()
+    outcomes = run_ranks(_generate, world_size, folder, {"image": str(image), "layout": layout})
+    for outcome in outcomes:
+        assert relative(outcome[PROMPTS[0]][0], latents) <= 1e-5
+    assert (outcomes[0][PROMPTS[0]][1] - video).abs().max() <= 1e-4
+
+
+def _image_error(rank: int, world_size: int, folder: Path) -> str:
+    with pytest.raises(DataError) as error:
+        _generate(rank, world_size, folder, {"layout": {"ulysses": 2}, "image": __file__})
+    return str(error.value)
+
+
+def test_an_unreadable_image_is_one_error_on_every_rank():
+    messages = run_ranks(_image_error, 2, tiny_pipeline_folder(task="i2v"))
+    assert all("cannot be read as an image" in message for message in messages)
