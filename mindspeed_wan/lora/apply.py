@@ -30,18 +30,21 @@ _FACTOR = re.compile(rf"^(?P<module>.+)\.({LORA_A}|{LORA_B})\.(?P<adapter>[^.]+)
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
-def add_adapter(model: WanDiT, spec: LoraSpec, name: str = DEFAULT_NAME) -> dict[str, AdapterSize]:
+def add_adapter(
+    model: WanDiT, spec: LoraSpec, name: str = DEFAULT_NAME, *, dtype: torch.dtype | None = None
+) -> dict[str, AdapterSize]:
     """Put trainable adapters on ``model`` and freeze everything else; returns their sizes by module.
 
-    The factors take the device (usually meta) and dtype of the layer's weight and are not initialised.
+    The factors take the device (usually meta) of the layer's weight, and its dtype unless ``dtype`` is given (fp32
+    factors on a frozen bf16 model), and are not initialised.
     """
     sizes = spec.resolve(model.config)
     _check_name(model, name)
     model.requires_grad_(False)
     for mm, size in sizes.items():
         module, hook = _adapted(model, mm)
-        weight = module.weight
-        down, up = (torch.empty(shape, dtype=weight.dtype, device=weight.device)  # type: ignore[arg-type, call-overload]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        down, up = (torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
                     for shape in hook.local_shapes(size.rank))
         hook.add(module, name, down, up, Setting(size.scale, dropout=spec.dropout), trainable=True)
         _register_layout(model, mm, name, hook)

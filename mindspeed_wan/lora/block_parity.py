@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mindspeed_wan.lora.apply import load_adapter, unload
 from mindspeed_wan.lora.formats.file import LoraFile
-from mindspeed_wan.lora.merge import merge_into_model
+from mindspeed_wan.lora.merge_model import merge_into_model
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.rope import rotary_tables

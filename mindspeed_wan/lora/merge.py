@@ -1,4 +1,6 @@
-"""Merging adapters into weights in fp32, and measuring what the stored dtype keeps of them.
+"""The arithmetic of merging adapters into weights, in fp32, and a measure of what the stored dtype keeps of them.
+
+``merge_model`` applies it to a model, ``merge_files`` to an expert on disk.
 
 A LoRA is small beside the weights it changes: with the reward LoRAs' statistics, two thirds of the entries of a bf16
 weight do not move at all. The measure compares the change that was stored with the change that was wanted.
@@ -12,13 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
-from mindspeed_wan.models.wan.model import WanDiT
-from mindspeed_wan.models.wan.views import global_view, local_slices
-from mindspeed_wan.parallel.groups import ParallelGroups
 
 CHUNK_ELEMENTS = 2 << 20
 """Rows of a weight are merged in runs of about this many elements (8 MiB in fp32)."""
@@ -137,43 +134,6 @@ def touched_parameters(loras: Weighted) -> dict[str, None]:
         names.update(dict.fromkeys(f"{mm}.weight" for mm in lora.adapters))
         names.update(dict.fromkeys(lora.diffs))
     return names
-
-
-@torch.no_grad()
-def merge_into_model(model: WanDiT, loras: Weighted, groups: ParallelGroups | None = None) -> MergeReport:
-    """Add adapters to a model's own weights, each tensor rank to its part, in fp32; report what the dtype kept.
-
-    The report counts this rank's part. Merging cannot be undone; runtime adapters (``apply.load_adapter``) can.
-
-    Raises:
-        ConfigError: the weights are sharded by FSDP2 (rows of one weight lie on several ranks in the wrong shape).
-    """
-    report = MergeReport()
-    for name in touched_parameters(loras):
-        parameter = model.get_parameter(name)
-        if isinstance(parameter, DTensor):
-            raise ConfigError("adapters cannot be merged into weights that FSDP2 has sharded",
-                              fix="merge before sharding, or keep the adapters unmerged (the default)")
-        view = global_view(parameter.detach(), model.param_layout[name], groups)
-        local, index = local_slices(view)
-        report.losses[name] = _merge_local(local, name, tuple(view.shape), index, loras)
-    return report
-
-
-def _merge_local(
-    local: Tensor, name: str, shape: tuple[int, ...], index: tuple[slice, ...], loras: Weighted
-) -> MergeLoss:
-    loss = MergeLoss()
-    flat = local.view(local.shape[0], -1)
-    columns = index[1] if len(shape) == 2 else slice(0, flat.shape[1])
-    for start, stop in row_chunks(local.shape):
-        rows = slice(index[0].start + start, index[0].start + stop)
-        wanted = change_of_rows(name, rows, columns, shape, loras, local.device)
-        if wanted is not None:
-            before = flat[start:stop].clone()
-            flat[start:stop] = (before.float() + wanted).to(local.dtype)
-            loss.add(wanted, before, flat[start:stop])
-    return loss
 
 
 def row_chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -148,3 +148,28 @@ def test_hot_loading_on_every_layout(name: str, case: Case) -> None:
         assert float((adapted - expected).norm() / expected.norm()) < 1e-5
         assert restored
         assert not leftover
+
+
+def fp32_adapters_on_a_bf16_base(rank: int, world_size: int, case: Case):
+    weights, lora, batch = case
+    groups = build_groups(ParallelDims(world_size=world_size), get_platform("cpu"))
+    modify = partial(apply.add_adapter, spec=SPEC, dtype=torch.float32)
+    model = build_wan(TINY, groups=groups, platform=get_platform("cpu"), param_dtype=torch.bfloat16,
+                      fsdp2=Fsdp2(param_dtype="bf16"), modify=modify)
+    fill_base(model, weights, groups)
+    apply.fill_adapter(model, lora, groups)
+    _, norm, grads = step(model, groups, batch)
+    dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    destroy()
+    return norm, grads, dtypes
+
+
+def test_frozen_bf16_base_with_fp32_adapters_under_fsdp2(case: Case) -> None:
+    """The base costs half the memory, masters and gradients of the adapters stay fp32."""
+    _, norm, grads, _ = one_rank(case)
+    for seen_norm, seen_grads, dtypes in run_ranks(fp32_adapters_on_a_bf16_base, 2, case):
+        assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+        assert seen_norm == pytest.approx(norm, rel=0.05)
+        assert {grad.dtype for grad in seen_grads.values()} == {torch.float32}
+        for parameter, grad in grads.items():
+            assert float((seen_grads[parameter] - grad).norm() / grad.norm()) < 0.15, parameter

@@ -17,8 +17,9 @@ from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.lora import merge as merging
 from mindspeed_wan.lora.apply import load_adapter
 from mindspeed_wan.lora.formats import Adapter, LoraFile, write_lora
-from mindspeed_wan.lora.merge import MergeLoss, merge_into_model, summary
+from mindspeed_wan.lora.merge import MergeLoss, summary
 from mindspeed_wan.lora.merge_files import merge_files
+from mindspeed_wan.lora.merge_model import merge_into_model
 from mindspeed_wan.lora.model_config import config_of
 from mindspeed_wan.lora.svd import approximate, extract, resize
 from mindspeed_wan.models.wan.config import PRESETS, WanConfig

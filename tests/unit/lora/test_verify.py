@@ -246,13 +246,13 @@ def test_suspicious_files_pass_with_a_warning(tmp_path: Path) -> None:
 
 def test_a_wrong_merge_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks can fail: a device that multiplies imprecisely is caught by the merge, one that corrupts by parity."""
-    from mindspeed_wan.lora import merge
+    from mindspeed_wan.lora import merge_model
     from mindspeed_wan.lora import verify as module
 
-    exact = merge.change_of_rows
+    exact = merge_model.change_of_rows
     path = save(tmp_path, whole())
     monkeypatch.setattr(module, "change_of_rows", lambda *args: exact(*args) * 1.01)
     assert "fp32 merge is off by 0.01" in problem(verify(path, CONFIG))
     monkeypatch.undo()
-    monkeypatch.setattr(merge, "change_of_rows", lambda *args: exact(*args) * 1.01)
+    monkeypatch.setattr(merge_model, "change_of_rows", lambda *args: exact(*args) * 1.01)
     assert "merged and unmerged differ" in problem(verify(path, CONFIG))
