@@ -1,14 +1,17 @@
-"""From the configuration's ``data`` section to a data set and its order."""
+"""From the configuration to a data set and its order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mindspeed_wan.config.schema import DataSection
+from mindspeed_wan.config.schema import DataSection, RunConfig
 from mindspeed_wan.data import manifest
 from mindspeed_wan.data.bad_samples import BadSample, BadSampleLog
-from mindspeed_wan.data.dataset import ClipDataset, prepare
+from mindspeed_wan.data.dataset import ClipDataset, KeyedDataset, prepare
+from mindspeed_wan.data.feature_cache import EncoderChoice
+from mindspeed_wan.data.features import FeatureDataset
+from mindspeed_wan.data.mm_features import MMFeatureDataset
 from mindspeed_wan.data.plan import ClipSettings
 from mindspeed_wan.data.records import ClipRecord
 from mindspeed_wan.data.sampler import GlobalBatchSampler
@@ -39,13 +42,13 @@ def clip_settings(section: DataSection) -> ClipSettings:
 
 
 @dataclass(frozen=True)
-class OpenedClips:
+class OpenedData:
     """A data set, its order, and what was left out: (clip, reason)."""
 
-    dataset: ClipDataset
+    dataset: KeyedDataset
     sampler: GlobalBatchSampler
-    excluded: list[tuple[ClipRecord, str]]
-    unreadable: list[tuple[ClipRecord, str]]
+    excluded: list[tuple[ClipRecord, str]] = field(default_factory=list)
+    unreadable: list[tuple[ClipRecord, str]] = field(default_factory=list)
 
     def describe(self, global_batch_size: int) -> list[str]:
         """Return the lines that a run prints once: clips, shapes, and everything that is left out."""
@@ -76,7 +79,18 @@ class OpenedClips:
         return log
 
 
-def open_clips(section: DataSection, *, seed: int, decoder_threads: int = 1) -> OpenedClips:
+def open_data(config: RunConfig) -> OpenedData:
+    """Open what the run trains on: clips, a feature cache, or a MindSpeed-MM feature folder.
+
+    Raises:
+        DataError: see ``open_clips`` and ``open_features``.
+    """
+    if config.data.kind == "video":
+        return open_clips(config.data, seed=config.training.seed)
+    return open_features(config)
+
+
+def open_clips(section: DataSection, *, seed: int, decoder_threads: int = 1) -> OpenedData:
     """Read the annotations, find every clip's shape, and set up the order.
 
     Args:
@@ -93,7 +107,61 @@ def open_clips(section: DataSection, *, seed: int, decoder_threads: int = 1) -> 
     records = manifest.load(section.data_path, section.data_folder)
     prepared = prepare(records, settings, seed=seed, drop_short_ratio=section.drop_short_ratio)
     dataset = ClipDataset(prepared, settings, seed=seed, decoder_threads=decoder_threads)
-    sampler = GlobalBatchSampler(
+    return OpenedData(dataset, _order(dataset, section, seed), prepared.excluded, prepared.unreadable)
+
+
+def open_features(config: RunConfig) -> OpenedData:
+    """Open cached features: a folder with ``cache.json``, or MindSpeed-MM's ``data.jsonl``.
+
+    A cache is compared with what this run would make: settings, clips that have changed, and the weights of the
+    encoders where the model file names them.
+
+    Raises:
+        DataError: no cache, an unfinished, damaged or stale one.
+    """
+    section, seed = config.data, config.training.seed
+    if section.data_path is None:
+        raise DataError("no feature folder is named", fix="data_path in data.json")
+    path = Path(section.data_path)
+    if config.model.vae.do_sample:
+        raise DataError("do_sample draws new latents each time; cached features hold one", where=str(path),
+                        fix="set do_sample to false in the model file")
+    if path.suffix == ".jsonl":
+        if section.caption_dropout > 0:
+            raise DataError("cfg (caption dropout) needs the states of the empty caption, which this folder lacks",
+                            where=str(path), fix="set cfg to 0, or use mindspeed-wan features build")
+        folder = Path(section.data_folder) if section.data_folder else None
+        mm_dataset = MMFeatureDataset(path, folder, task=config.model.task, seed=seed)
+        return OpenedData(mm_dataset, _order(mm_dataset, section, seed))
+    dataset = FeatureDataset(path.parent if path.name == "cache.json" else path, seed=seed,
+                             caption_dropout=section.caption_dropout)
+    dataset.check(clip_settings(section), config.model.task, encoder_choice(config, must_exist=False))
+    dataset.check_clips()
+    return OpenedData(dataset, _order(dataset, section, seed))
+
+
+def encoder_choice(config: RunConfig, *, must_exist: bool = True) -> EncoderChoice | None:
+    """Return the encoders that the model file names; ``None`` when one is not on this machine.
+
+    Raises:
+        DataError: one is not named or not there, and ``must_exist``.
+    """
+    vae, text = config.model.vae, config.model.text_encoder
+    for name, path in (("ae", vae.path), ("text_encoder", text.path)):
+        if path is None or not Path(path).exists():
+            if not must_exist:
+                return None
+            raise DataError(f"{name}.from_pretrained is {path!r}, which does not exist",
+                            fix="give the encoder's folder in the model file")
+    tiling = (*vae.tile_size, *vae.tile_stride) if vae.tiling else None
+    return EncoderChoice(
+        vae=str(vae.path), text_encoder=str(text.path), tokenizer=text.tokenizer_path, vae_dtype=vae.dtype,
+        text_dtype=text.dtype, tiling=tiling, max_length=text.max_length,
+        clean_captions=config.data.clean_captions,
+    )
+
+
+def _order(dataset: KeyedDataset, section: DataSection, seed: int) -> GlobalBatchSampler:
+    return GlobalBatchSampler(
         len(dataset), seed, section.shuffle, shapes=dataset.shapes, drop_last=section.drop_last
     )
-    return OpenedClips(dataset, sampler, prepared.excluded, prepared.unreadable)

@@ -12,7 +12,7 @@ from mindspeed_wan.checkpoint.sources import check_expert, check_names_and_shape
 from mindspeed_wan.checkpoint.weights import checked
 from mindspeed_wan.config.describe import describe
 from mindspeed_wan.config.schema import RunConfig
-from mindspeed_wan.data.build import open_clips
+from mindspeed_wan.data.build import open_data
 from mindspeed_wan.errors import ResourceError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import parameter_table
@@ -47,9 +47,9 @@ def _check_start(config: RunConfig, wan: WanConfig) -> str:
 
 
 def _check_data(config: RunConfig) -> list[str]:
-    clips = open_clips(config.data, seed=config.training.seed)
-    clips.bad_sample_log(None, config.data.max_bad_fraction)
-    return clips.describe(config.training.global_batch_size or 1)
+    data = open_data(config)
+    data.bad_sample_log(None, config.data.max_bad_fraction)
+    return data.describe(config.training.global_batch_size or 1)
 
 
 def _check_save_folder(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mindspeed_wan.config.schema import RunConfig
-from mindspeed_wan.data.build import OpenedClips, open_clips
+from mindspeed_wan.data.build import OpenedData, open_data
 from mindspeed_wan.data.loader import MicroBatch, Schedule, build_loader
 from mindspeed_wan.parallel.agreement import all_or_none
 from mindspeed_wan.parallel.groups import ParallelGroups
@@ -33,19 +33,19 @@ class BatchSource:
 
     def __init__(self, config: RunConfig, groups: ParallelGroups, platform: Platform, consumed: int) -> None:
         section, training = config.data, config.training
-        self.clips: OpenedClips = all_or_none(lambda: open_clips(section, seed=training.seed))
+        self.data: OpenedData = all_or_none(lambda: open_data(config))
         self.waited = 0.0
         batch = config.global_batch(groups.dims.world_size)
         schedule = Schedule(global_batch_size=batch, micro_batch_size=training.micro_batch_size, rank=groups.dp_rank,
                             ranks=groups.dims.data, consumed=consumed)
         save = config.checkpoint.save
-        log = self.clips.bad_sample_log(Path(save) / BAD_SAMPLES_FILE if save else None, section.max_bad_fraction,
+        log = self.data.bad_sample_log(Path(save) / BAD_SAMPLES_FILE if save else None, section.max_bad_fraction,
                                         write=groups.tp_rank == 0 and groups.cp_rank == 0)
         self._batches = build_loader(
-            self.clips.dataset, self.clips.sampler, schedule, num_workers=training.num_workers,
+            self.data.dataset, self.data.sampler, schedule, num_workers=training.num_workers,
             pin_memory=section.pin_memory and platform.device_type == "cuda", bad_samples=log,
         )
-        self.description = self.clips.describe(batch)
+        self.description = self.data.describe(batch)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self

@@ -1,0 +1,159 @@
+"""MindSpeed-MM's feature folders: ``data.jsonl`` with one ``{"file": "features/x.pt"}`` a line.
+
+A ``.pt`` file is a dict: ``video`` latents [16, f, h, w] (normalised), ``prompt_ids`` text states [L, C] (padded),
+``prompt_mask`` [L], for I2V ``i2v_vae_feature`` [20, f, h, w] (mask and first-frame latents); a leading dimension of
+size 1 is tolerated. DiffSynth's names (``input_latents``, ``context``, ``y``) are known too. Files are read with
+``weights_only``, so no code in them runs.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_wan.data.bad_samples import BadSample
+from mindspeed_wan.data.dataset import Failure, KeyedDataset, give_up
+from mindspeed_wan.data.features import FeatureDataset, FeatureSample
+from mindspeed_wan.data.plan import Shape
+from mindspeed_wan.data.records import Problems
+from mindspeed_wan.data.sampler import Key
+from mindspeed_wan.data.text_files import read_text
+from mindspeed_wan.errors import DataError
+
+_LATENTS = ("video", "latents", "input_latents")
+_TEXT = ("prompt_ids", "prompt", "context")
+_MASK = ("prompt_mask",)
+_CONDITION = ("i2v_vae_feature", "y")
+_FILE = ("file", "path", "features")
+
+
+class MMFeatureDataset(KeyedDataset):
+    """Samples of a MindSpeed-MM feature folder by (epoch, index).
+
+    Args:
+        data_path: its ``data.jsonl``.
+        data_folder: what file names are joined to; ``None`` takes the folder of ``data_path``.
+        task: ``i2v`` also wants the condition.
+        seed: of caption dropout and replacements.
+
+    Raises:
+        DataError: rows without a file, files that are missing (all are listed), or nothing at all. A caption cannot be
+            dropped, because the folder has no states of the empty caption.
+    """
+
+    def __init__(self, data_path: Path, data_folder: Path | None = None, *, task: str = "t2v", seed: int = 0) -> None:
+        self.task = task
+        problems = Problems()
+        self.files, self.where = _read_rows(data_path, data_folder or data_path.parent, problems)
+        problems.raise_if_any()
+        if not self.files:
+            raise DataError("no samples", where=str(data_path))
+        shapes = [self._shape_of(file, where, problems) for file, where in zip(self.files, self.where)]
+        problems.raise_if_any()
+        super().__init__([("",)] * len(self.files), shapes, seed, 0.0)
+
+    def _shape_of(self, file: Path, where: str, problems: Problems) -> Shape:
+        """Return the pixel shape of a sample; the tensors are mapped, not read."""
+        try:
+            frames, height, width = _wanted(read_features(file), _LATENTS, 4, "latents", file).shape[1:]
+        except DataError as error:
+            problems.add(error.message, where, error.fix)
+            return (0, 0, 0)
+        return (frames - 1) * 4 + 1, height * 8, width * 8
+
+    def __getitem__(self, key: Key) -> FeatureSample | Failure:
+        """Return the sample of (epoch, index), or of its replacement when that file cannot be read."""
+        epoch, index = key
+        bad: list[BadSample] = []
+        for source in self.candidates(epoch, index):
+            try:
+                return self._sample(epoch, index, source, tuple(bad))
+            except DataError as error:
+                bad.append(BadSample(source, str(self.files[source]), self.where[source], error.message))
+        return give_up(bad)
+
+    def _sample(self, epoch: int, index: int, source: int, bad: tuple[BadSample, ...]) -> FeatureSample:
+        file = self.files[source]
+        content = read_features(file)
+        latents = _wanted(content, _LATENTS, 4, "latents", file).float()
+        if not bool(torch.isfinite(latents).all()):
+            raise DataError("holds values that are not finite", where=str(file))
+        condition = None
+        if self.task == "i2v":
+            # Mask and latents; the mask is the same for every clip and made anew by the training loop.
+            condition = _wanted(content, _CONDITION, 4, "i2v_vae_feature", file)[-16:].float()
+        return FeatureSample(index, epoch, source, latents.clone(), _text(content, file), condition, "", file, bad)
+
+    collate = staticmethod(FeatureDataset.collate)
+
+
+def read_features(file: Path) -> Mapping[str, Any]:
+    """Read a ``.pt`` file of features (memory-mapped).
+
+    Raises:
+        DataError: absent, damaged, or not a dict.
+    """
+    if not file.is_file():
+        raise DataError(f"{file} does not exist")
+    if not zipfile.is_zipfile(file):
+        raise DataError(f"{file} is not a torch file (truncated, or an old pickle)")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types for a damaged or unsafe archive
+        raise DataError(f"{file} cannot be read: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(content, Mapping):
+        raise DataError(f"{file} holds {type(content).__name__}, not a dict of features")
+    return content
+
+
+def _wanted(content: Mapping[str, Any], names: Sequence[str], dims: int, what: str, file: Path) -> Tensor:
+    """Return the tensor under one of ``names`` without a leading dimension of size 1."""
+    value = next((content[name] for name in names if content.get(name) is not None), None)
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise DataError(f"{file} has no {what} (found: {', '.join(map(str, content))})")
+    while value.dim() > dims and value.shape[0] == 1:
+        value = value[0]
+    if value.dim() != dims:
+        raise DataError(f"{file}: {what} has shape {list(value.shape)}, expected {dims} dimensions")
+    return value
+
+
+def _text(content: Mapping[str, Any], file: Path) -> Tensor:
+    states = _wanted(content, _TEXT, 2, "text states", file)
+    if not any(content.get(name) is not None for name in _MASK):
+        return states.clone()
+    length = int(_wanted(content, _MASK, 1, "prompt_mask", file).sum())
+    return states[:length].clone()
+
+
+def _read_rows(data_path: Path, folder: Path, problems: Problems) -> tuple[list[Path], list[str]]:
+    files, places = [], []
+    for number, line in enumerate(read_text(data_path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{data_path}:{number}"
+        try:
+            row = json.loads(line)
+            name = next(row[key] for key in _FILE if isinstance(row.get(key), str))
+        except (ValueError, AttributeError, StopIteration):
+            problems.add('expected {"file": "features/NAME.pt"}', where)
+            continue
+        file = folder / name
+        if not file.is_file():
+            problems.add(f"{file} does not exist", where, "data_folder must be the folder that holds features/")
+            continue
+        files.append(file)
+        places.append(where)
+    if len(set(files)) < len(files):
+        double = next(file for file in files if files.count(file) > 1)
+        problems.add(f"{double} is named twice: clips of equal names overwrote each other's features", str(data_path),
+                     "extract the features again, or use mindspeed-wan features build")
+    return files, places
