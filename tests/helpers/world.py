@@ -85,3 +85,23 @@ def train_rank(rank: int, world_size: int, argv: list[str]) -> int:
 
     reset_platform()
     return main(argv)
+
+
+def train_until_stopped(rank: int, world_size: int, argv: list[str]) -> int:
+    """``train_rank`` for a run that is expected to stop early; returns its exit code."""
+    from mindspeed_wan.errors import StopRequested
+    from mindspeed_wan.parallel.groups import destroy
+
+    try:
+        return train_rank(rank, world_size, argv)
+    except StopRequested as stop:
+        destroy()
+        return stop.exit_code
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Any]:
+    """Return every tensor of a training checkpoint, whole."""
+    from mindspeed_wan.checkpoint.sources import open_dcp
+
+    with open_dcp(folder) as files:
+        return {name: files.read(name) for name in files.tensors}
