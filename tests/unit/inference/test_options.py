@@ -14,6 +14,7 @@ from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.flags import help_text, parse
 from mindspeed_wan.inference.layout import InferenceLayout
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, settings_hash
+from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
 
 REPOSITORY = Path(__file__).parents[3]
 EXAMPLE = REPOSITORY / "examples" / "wan2.2" / "A14B" / "t2v" / "inference_model.json"
@@ -51,7 +52,7 @@ def test_mm_dialect_with_the_shell_scripts_training_flags(tmp_path, capsys):
     assert (options.size, options.num_frames, options.steps, options.shift) == ((480, 832), 81, 8, 12.0)
     assert (options.grid, options.solver, options.memory, options.layout.ulysses) == (
         "diffusers", "unipc", "sequential", 2)
-    assert str(options.low_noise_ckpt).endswith("transformer_2_mm")
+    assert str(options.low_noise_ckpt).endswith("transformer_2")
     assert options.high_noise_ckpt == Path("high") and options.predictor.num_heads == 40
 
 
@@ -170,3 +171,26 @@ def test_help_and_errors_need_no_torch():
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
     assert "--sample_guide_scale" in help_text()
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_the_shipped_files_are_read(task, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    path = f"examples/wan2.2/A14B/{task}/inference_model.json"
+    options = parse(["--mm-model", path, "--load", "high"], world_size=1).resolve(f"{task}-A14B")
+    official = SAMPLING_DEFAULTS[f"{task}-A14B"]
+    assert (options.steps, options.shift, options.guidance, options.boundary) == (
+        official.num_steps, official.shift, official.guidance, official.boundary)
+    assert len(options.prompts) >= 2 and len(options.images) == (len(options.prompts) if task == "i2v" else 0)
+
+
+def test_image_lists_of_another_length(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    words = ["--ckpt_dir", "w", "--prompt", "1", "2", "3", "--image", *[str(tmp_path / "a.png")] * 2]
+    with pytest.raises(ConfigError, match="2 images for 3 prompts"):
+        parse(words, world_size=1)
+
+
+def test_ti2v_is_out_of_scope():
+    with pytest.raises(ConfigError, match="TI2V-5B is out of scope"):
+        parse(["--task", "ti2v-5B", "--ckpt_dir", "w", "--prompt", "x"], world_size=1)
