@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from mindspeed_wan.errors import ConfigError, did_you_mean, run_main
-from mindspeed_wan_converters.verbs import CONVERTERS, VERBS, run_verb
+from mindspeed_wan_converters.verbs import CONVERTERS, ELSEWHERE, VERBS, run_verb
 
 _DTYPES = ("fp32", "bf16", "fp16")
 
@@ -86,6 +86,8 @@ def _resolve_names(names: list[str], file: Mapping[str, Any]) -> tuple[str, str]
     verb = names.pop(0) if names else next((name for name in inside if name in VERBS), None)
     if verb is None:
         raise ConfigError("no verb", fix=f"one of: {', '.join(VERBS)}")
+    if verb in ELSEWHERE:
+        raise ConfigError(f"{verb} is not a verb of mm-convert here", fix=ELSEWHERE[verb])
     if verb not in VERBS:
         known = [*VERBS, *CONVERTERS]
         raise ConfigError(f"unknown verb or converter {verb!r}", fix=did_you_mean(verb, known)

@@ -114,8 +114,11 @@ class SourceFiles:
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[int, int] = {}
 
-    def read_into(self, path: Path, offset: int, view: memoryview) -> None:
-        """Fill ``view`` from ``path`` at ``offset``; ``CheckpointError`` when the file ends before."""
+    def read_into(self, path: Path, offset: int, view: memoryview, *, once: bool = False) -> None:
+        """Fill ``view`` from ``path`` at ``offset``; ``CheckpointError`` when the file ends before.
+
+        ``once`` tells that nobody reads these bytes again, so they need not stay in memory.
+        """
         descriptor = self._acquire(path)
         try:
             done = 0
@@ -125,8 +128,7 @@ class SourceFiles:
                     raise CheckpointError(f"ends at byte {offset + done}, {len(view) - done} bytes short",
                                           where=str(path), fix="the file changed or is truncated; copy it again")
                 done += count
-            # The pages will not be needed again; without this a 30 GB source pushes everything else out of memory.
-            if hasattr(os, "posix_fadvise"):
+            if once and hasattr(os, "posix_fadvise"):  # else a 30 GB source pushes everything out of the page cache
                 os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"cannot be read at byte {offset}: {error.strerror}", where=str(path)) from None

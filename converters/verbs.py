@@ -44,6 +44,14 @@ CONVERTERS: dict[str, str | None] = {"WanConverter": None, "Wan2.2T2VConverter":
 """Converter name -> the task whose weights it insists on."""
 
 
+ELSEWHERE = {
+    "lora_hf_to_mm": "adapters in any format are read as they are; see mindspeed-wan lora --help",
+    "merge_lora_to_base": "use mindspeed-wan lora merge",
+    "layerzero_to_mm": "convert MindSpeed LayerZero checkpoints with MindSpeed-MM, then use mm_to_dcp or mm_to_hf",
+}
+"""MindSpeed-MM's other verbs, and what to use instead."""
+
+
 def run_verb(verb: Verb, converter: str, args: argparse.Namespace) -> int:
     """Run a parsed command and return its exit code."""
     from pathlib import Path

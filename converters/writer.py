@@ -106,7 +106,7 @@ def _write_slice(part: Slice, stream: OutputStream, sources: SourceFiles) -> Non
     done = 0
     while done < source.length:
         with stream.room(source.length - done) as view:
-            sources.read_into(source.path, source.offset + done, view)
+            sources.read_into(source.path, source.offset + done, view, once=True)
             done += len(view)
     stream.end_slice(None if source.crc32 is None else Expected(source.crc32, part.tensor.name, source.path))
 
