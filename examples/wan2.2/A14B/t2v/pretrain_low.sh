@@ -6,7 +6,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 export MM_DATA=${MM_DATA:-$HERE/data.json}
 export MM_MODEL=${MM_MODEL:-$HERE/pretrain_model_low.json}
-export FSDP_CONFIG=${FSDP_CONFIG-$HERE/../fsdp2_config.yaml}
+export FSDP_CONFIG=${FSDP_CONFIG-${HERE%/*}/fsdp2_config.yaml}
 export LOAD_PATH=${LOAD_PATH-./ckpt/t2v/transformer_2}
 export SAVE_PATH=${SAVE_PATH-./runs/t2v_A14B_low}
 
