@@ -169,7 +169,9 @@ class Builder:
         bad = 0
         for row in rows:
             try:
-                tensors.update(self._encode(row))
+                encoded = self._encode(row)
+                row["crc"] = {name: feature_cache.checksum(tensor) for name, tensor in encoded.items()}
+                tensors.update(encoded)
             except DataError as error:
                 row["bad"], bad = error.message, bad + 1
             _touch(_claim_path(path))

@@ -12,7 +12,7 @@ Names of tensors: ``<sample>/latents/<variant>`` and ``<sample>/condition/<varia
 (epoch e reads variant e modulo their number).
 
 A sample's name in a shard is the hash of its clip's content, its captions and the identity, so a shard that was made
-from something else is recognised and never read.
+from something else is recognised and never read. Rows also hold a checksum of every tensor, verified on each read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mindspeed_wan.data.plan import ClipSettings, Shape
 from mindspeed_wan.data.records import ClipRecord
@@ -208,6 +212,11 @@ def read_shard_rows(path: Path) -> list[dict[str, Any]] | None:
             return json.loads((file.metadata() or {})["rows"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes."""
+    return zlib.crc32(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 def write_atomically(path: Path, text: str) -> None:

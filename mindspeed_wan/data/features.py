@@ -82,7 +82,12 @@ class FeatureDataset(KeyedDataset):
                              self.caption(epoch, source), Path(row["content"]["path"]), bad)
 
     def _tensor(self, row: dict[str, Any], name: str) -> Tensor:
-        return _read_tensor(str(self.folder / "shards" / row["shard"]), name)
+        path = str(self.folder / "shards" / row["shard"])
+        tensor = _read_tensor(path, name)
+        if feature_cache.checksum(tensor) != row["crc"][name]:
+            raise DataError(f"{name} is not what was written (damaged on disk)", where=path,
+                            fix="remove the shard and run features build again")
+        return tensor
 
     def _empty_text(self) -> Tensor:
         return _read_tensor(str(self.folder / feature_cache.EMPTY_TEXT_FILE), "text")
