@@ -1,0 +1,191 @@
+"""Seconds of a training step or of a generation: compute, what communication cannot hide, and MFU.
+
+Compute is matrix products and attention at the device's fitted share of its peak, plus the bytes that norms, rotation,
+GELU and residual additions move. The backward pass is two forwards for products and 2.5 for fused attention, which
+computes its scores again. Tensor and Ulysses collectives stand in the way of the next product; a ring hides behind
+attention; FSDP2 hides behind the block that runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mindspeed_wan.models.wan.flops import forward_flops, training_flops
+from mindspeed_wan.planning.job import Job
+from mindspeed_wan.planning.memory import TEXT_ENCODER_PARAMETERS
+from mindspeed_wan.planning.traffic import Collective, collectives
+
+ATTENTION_BACKWARD = 2.5
+UPDATE_BYTES = 40
+"""Memory traffic of AdamW and gradient clipping per trained parameter."""
+VAE_FLOPS_PER_PIXEL = 9.1e7
+"""Decoding one pixel of one frame, as FLOP at the device's peak (SGLang: 720x1280x81 takes 6.9 s on an H100)."""
+VAE_ENCODE_SHARE = 0.5
+"""Encoding against decoding (half the layers at full resolution)."""
+RANK_SPREAD = 0.005
+"""Standard deviation of one rank's step time over ranks: a step waits for the slowest. An assumption, not a fit."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds by part, and what they mean.
+
+    ``step`` is one optimizer step, or one denoising step of a generation; ``total`` a whole generation.
+    """
+
+    parts: dict[str, float]
+    mfu: float
+    clips_per_second: float
+    steps: int = 1
+    once: float = 0.0
+
+    @property
+    def step(self) -> float:
+        """Seconds of one step."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> float:
+        """Seconds of all steps and what is done once (text encoder, VAE)."""
+        return self.step * self.steps + self.once
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of a step in which communication is all that happens."""
+        return sum(seconds for name, seconds in self.parts.items() if name.startswith("exposed"))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One block, one direction: seconds of attention, of everything else, and of exposed collectives."""
+
+    attention: float
+    other: float
+    exposed: dict[str, float]
+
+    @property
+    def compute(self) -> float:
+        return self.attention + self.other
+
+
+def plan_duration(job: Job) -> Duration:
+    """Return the time of one step of ``job``."""
+    return _training(job) if job.training else _generation(job)
+
+
+# ---- one block -----------------------------------------------------------------------------------------------------
+
+
+def _forward_compute(job: Job) -> tuple[float, float]:
+    """Return seconds of (attention, everything else) of one block's forward pass on one rank."""
+    flops, device, layers = forward_flops(job.model, job.latent), job.device, job.model.num_layers
+    share = job.micro_batch / layers / (job.dims.tensor * job.dims.context)
+    attention = (flops.self_attention + flops.cross_attention) * share / (device.peak_flops * device.attention)
+    linear = flops.linear * share / (device.peak_flops * device.linear)
+    return attention, linear + _elementwise_bytes(job) / device.bandwidth
+
+
+def _elementwise_bytes(job: Job) -> float:
+    """Three norms, three residual additions on this rank's tokens; q/k norms, rotation, GELU on its heads."""
+    dim, e, r, tensor = job.model.dim, job.element, job.residual, job.dims.tensor
+    streams = dim * (3 * (r + e) + 3 * (2 * r + e))
+    heads = (dim * (3 + 2) * 2 * e + job.model.ffn_dim * 2 * e) / tensor
+    return job.local_tokens * (streams / job.sequence_parts + heads)
+
+
+def _exposed(job: Job, found: Iterable[Collective], attention: float, other: float) -> dict[str, float]:
+    """Return the seconds of one block's collectives that nothing hides, by who causes them."""
+    seconds = {"exposed tensor": 0.0, "exposed context": 0.0, "exposed FSDP2": 0.0}
+    ring = fsdp2 = 0.0
+    for collective in found:
+        time = collective.seconds(job.device) * collective.calls
+        if collective.hidden == "attention":
+            ring += time
+        elif collective.hidden == "block":
+            fsdp2 += time
+        else:
+            seconds["exposed tensor" if collective.purpose.startswith("tensor") else "exposed context"] += time
+    seconds["exposed context"] += max(0.0, ring - attention * (job.dims.ring - 1) / job.dims.ring)
+    covered = attention + other + seconds["exposed tensor"] + seconds["exposed context"]
+    seconds["exposed FSDP2"] = max(0.0, fsdp2 - covered)
+    return seconds
+
+
+def _forward(job: Job, found: list[Collective]) -> _Pass:
+    attention, other = _forward_compute(job)
+    scale = job.device.training if job.training else 1.0
+    attention, other = attention / scale, other / scale
+    mine = [c for c in found if c.phase == "forward" and c.per_block]
+    return _Pass(attention, other, _exposed(job, mine, attention, other))
+
+
+def _backward(job: Job, found: list[Collective], *, recomputed: bool) -> _Pass:
+    forward = _forward_compute(job)
+    again = 1.0 if recomputed else 0.0
+    attention = forward[0] * (ATTENTION_BACKWARD + again) / job.device.training
+    # Frozen weights (LoRA) need the gradient of their input only.
+    other = forward[1] * ((1.0 if job.lora_rank else 2.0) + again) / job.device.training
+    mine = [c for c in found if c.phase == "backward" and c.per_block]
+    if recomputed:
+        mine += [c for c in found if c.phase == "forward" and c.per_block and c.hidden != "block"]
+    return _Pass(attention, other, _exposed(job, mine, attention, other))
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+def _training(job: Job) -> Duration:
+    found, layers = collectives(job), job.model.num_layers
+    passes = [(_forward(job, found), layers), (_backward(job, found, recomputed=False), layers - job.recomputed),
+              (_backward(job, found, recomputed=True), job.recomputed)]
+    parts = _sum_passes(passes, job.accumulation)
+    once = [c for c in found if not c.per_block]
+    parts["exposed gradients"] = sum(c.seconds(job.device) * c.calls * (1 if c.phase == "step" else job.accumulation)
+                                     for c in once)
+    parts["optimizer"] = UPDATE_BYTES * job.trained.shard / job.device.bandwidth
+    if job.encoders:
+        parts["encoders"] = job.accumulation * job.micro_batch * (
+            _text_seconds(job) + VAE_ENCODE_SHARE * _vae_seconds(job))
+    parts["waiting for the slowest"] = _waiting(job, sum(parts.values()))
+    step = sum(parts.values())
+    useful = job.clips_per_step * training_flops(job.model, job.latent)
+    mfu = useful / step / (job.device.peak_flops * job.dims.world_size)
+    return Duration(parts, mfu, job.clips_per_step / step)
+
+
+def _generation(job: Job) -> Duration:
+    found, branches = collectives(job), job.guidance / job.cfg
+    parts = _sum_passes([(_forward(job, found), job.model.num_layers)], branches)
+    parts["exposed output"] = branches * sum(c.seconds(job.device) * c.calls for c in found if not c.per_block)
+    parts["waiting for the slowest"] = _waiting(job, sum(parts.values()))
+    once = job.micro_batch * (_vae_seconds(job) + _text_seconds(job)) if job.encoders else 0.0
+    videos = job.micro_batch * job.dims.data / job.cfg
+    step = sum(parts.values())
+    useful = videos * job.guidance * forward_flops(job.model, job.latent).total
+    mfu = useful / step / (job.device.peak_flops * job.dims.world_size)
+    return Duration(parts, mfu, videos / (step * job.steps + once), job.steps, once)
+
+
+def _sum_passes(passes: list[tuple[_Pass, int]], repeats: float) -> dict[str, float]:
+    parts = {"attention": sum(p.attention * n for p, n in passes), "other compute": sum(p.other * n for p, n in passes)}
+    for name in passes[0][0].exposed:
+        parts[name] = sum(p.exposed[name] * n for p, n in passes)
+    return {name: seconds * repeats for name, seconds in parts.items()}
+
+
+def _waiting(job: Job, seconds: float) -> float:
+    """The expected maximum of N independent normal step times lies sqrt(2 ln N) deviations above their mean."""
+    ranks = job.dims.world_size
+    return seconds * RANK_SPREAD * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 0.0
+
+
+def _text_seconds(job: Job) -> float:
+    flops = 2.0 * TEXT_ENCODER_PARAMETERS * job.model.text_len
+    return flops / (job.device.peak_flops * job.device.linear)
+
+
+def _vae_seconds(job: Job) -> float:
+    frames, height, width = job.latent
+    return VAE_FLOPS_PER_PIXEL * (4 * frames - 3) * 64 * height * width / job.device.peak_flops

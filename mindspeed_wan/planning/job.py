@@ -1,0 +1,162 @@
+"""One job as the planner sees it: what runs, on what, cut how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from mindspeed_wan.lora.spec import DEFAULT_TARGETS, match_targets
+from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.models.wan.param_map import Param, parameter_table
+from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.planning.devices import Device
+
+Kernels = Literal["cpu", "cuda", "npu"]
+"""Whose norms, rotation and attention run (``platforms/ops.py``): they save different things for the backward pass."""
+
+ELEMENT = {"fp32": 4, "bf16": 2}
+"""Bytes of one number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training or generation job.
+
+    Attributes:
+        latent: latent frames, height and width of a clip.
+        dims: ranks; for generation ``dims.data`` is the videos and guidance branches that run at the same time.
+        fsdp2: parameters are gathered block by block (bf16 training always is, over one rank if need be).
+        recomputed: blocks that keep their input only, counted from the first.
+        lora_rank: adapters of this rank on the default targets are trained, nothing else; 0 trains all weights.
+        encoders: VAE and text encoder run in the job (not with cached features).
+        guidance: forward passes per step of a generation (2 with classifier-free guidance).
+        cfg: guidance branches that run on ranks of their own (1 or 2).
+        experts: experts in device memory of a generation.
+    """
+
+    model: WanConfig
+    latent: tuple[int, int, int]
+    device: Device
+    dims: ParallelDims = field(default_factory=ParallelDims)
+    training: bool = True
+    precision: Literal["fp32", "bf16"] = "bf16"
+    fp32_residual: bool = False
+    fsdp2: bool = True
+    recomputed: int = 0
+    fused_optimizer: bool = True
+    micro_batch: int = 1
+    accumulation: int = 1
+    lora_rank: int = 0
+    ema: bool = False
+    encoders: bool = True
+    text_encoder_on_host: bool = True
+    kernels: Kernels = "cuda"
+    guidance: int = 2
+    cfg: int = 1
+    experts: int = 1
+    steps: int = 40
+
+    def with_changes(self, **changes: Any) -> Job:
+        """Return a copy with some fields replaced."""
+        return replace(self, **changes)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in the matrix products."""
+        return ELEMENT[self.precision]
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number in the residual stream."""
+        return 4 if self.fp32_residual else self.element
+
+    @property
+    def wrapped(self) -> bool:
+        """FSDP2 hooks are around the blocks."""
+        return self.fsdp2 or (self.training and self.precision == "bf16")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one clip."""
+        return self.model.num_tokens(self.latent)
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens on one context rank, padding included, all clips of a micro-batch."""
+        parts = self.dims.context * self.sequence_parts
+        return -(-self.tokens // parts) * self.sequence_parts * self.micro_batch
+
+    @property
+    def sequence_parts(self) -> int:
+        """Tensor ranks that share the tokens between tensor-parallel regions."""
+        return self.dims.tensor if self.dims.sequence_parallel else 1
+
+    @property
+    def clips_per_step(self) -> int:
+        """Clips of one optimizer step (global batch)."""
+        return self.micro_batch * self.accumulation * self.dims.data
+
+    @cached_property
+    def sizes(self) -> UnitSizes:
+        """Element counts of the parameters on one rank."""
+        return unit_sizes(self.model, self.dims.tensor, self.dims.shard_size if self.fsdp2 else 1)
+
+    @cached_property
+    def trained(self) -> UnitSizes:
+        """Element counts of what is trained."""
+        if not self.lora_rank:
+            return self.sizes
+        return lora_sizes(self.model, self.lora_rank, self.dims.tensor, self.dims.shard_size if self.fsdp2 else 1)
+
+
+@dataclass(frozen=True)
+class UnitSizes:
+    """Parameters on one rank (the first, which has the largest shards), elements: whole units, and their shards.
+
+    ``block`` is one block after tensor parallelism, ``outside`` everything but blocks and head; ``shard`` is what the
+    rank keeps of the whole model, ``whole`` what it would keep without FSDP2.
+    """
+
+    block: int
+    outside: int
+    head: int
+    shard: int
+    whole: int
+
+
+def _local_shape(param: Param, tensor: int) -> tuple[int, ...]:
+    shape = list(param.shape)
+    if param.tp_axis is not None:
+        shape[param.tp_axis] //= tensor
+    return tuple(shape)
+
+
+@lru_cache(maxsize=256)
+def unit_sizes(model: WanConfig, tensor: int, shard: int) -> UnitSizes:
+    """Return what one rank holds; FSDP2 cuts dim 0 into equal parts, rounded up."""
+    block = outside = head = kept = 0
+    for param in parameter_table(model.with_changes(num_layers=1)):
+        shape = _local_shape(param, tensor)
+        count, mine = math.prod(shape), -(-shape[0] // shard) * math.prod(shape[1:])
+        if param.block is not None:
+            block, kept = block + count, kept + model.num_layers * mine
+        elif param.mm.startswith("head."):
+            head, kept = head + count, kept + mine
+        else:
+            outside, kept = outside + count, kept + mine
+    return UnitSizes(block, outside, head, kept, model.num_layers * block + outside + head)
+
+
+@lru_cache(maxsize=64)
+def lora_sizes(model: WanConfig, rank: int, tensor: int, shard: int) -> UnitSizes:
+    """Return the adapters' elements: A [r, in] and B [out, r] per target; the side on the cut axis is cut too."""
+    one_block = model.with_changes(num_layers=1)
+    block = kept = 0
+    for module in match_targets(DEFAULT_TARGETS, one_block).values():
+        rows = module.out_features // (tensor if module.tp_axis == 0 else 1)
+        columns = module.in_features // (tensor if module.tp_axis == 1 else 1)
+        block += rank * (rows + columns)
+        kept += -(-rank // shard) * columns + -(-rows // shard) * rank
+    return UnitSizes(block, 0, 0, kept * model.num_layers, block * model.num_layers)

@@ -1,0 +1,271 @@
+"""Bytes on one rank at every moment of a step, by part. Every formula is read off the model's own code.
+
+What a block keeps for its backward pass, with D hidden size, F feed-forward size, N heads of d channels, t tensor
+ranks, n tokens of this context rank (n/t under sequence parallelism where marked *), e and r the bytes of a number in
+the products and in the residual stream:
+
+    residual stream and branch outputs   x, update, x, x, update        * n D (3 r + 2 e)
+    inputs of the tensor regions         three                            n D 3 e
+    self-attention                       q, k, v, out                     n D 4 e / t   (+ e / t: Ulysses' way back)
+    cross-attention                      q, out                           n D 2 e / t
+    before the q/k norms                 q, k, cross q                    n D 3 norm / t
+    feed-forward                         before and after GELU            n F 2 e / t
+
+``norm`` is e, but more where tensor parallelism computes the norm over all heads from fp32 copies. To these come the
+rotation's table, statistics of norms and softmax, and the text's keys and values. A recomputed block keeps x alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mindspeed_wan.planning.job import Job
+
+VAE_PIXEL_BYTES = 20e3
+"""Working memory of the VAE per pixel of a frame, fp32 (measured: decoding 480x832 took 7.3 GiB beside the weights)."""
+VAE_PARAMETERS = 127e6
+TEXT_ENCODER_PARAMETERS = 5.68e9
+"""UMT5-XXL's encoder."""
+RUNTIME_BYTES = 1.5 * (1 << 30)
+"""Context, library handles and communication buffers of an accelerator; nothing of it is a tensor."""
+FRAGMENTATION = 0.04
+"""Share of the allocator's memory that is lost between blocks (expandable segments on)."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at one moment, bytes by part; only parts that are there are listed."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of all tensors."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The moments of a step; the largest decides."""
+
+    moments: tuple[Moment, ...]
+    runtime: float
+    fragmentation: float
+
+    @property
+    def peak(self) -> Moment:
+        """The largest moment."""
+        return max(self.moments, key=lambda moment: moment.tensors)
+
+    @property
+    def total(self) -> float:
+        """Bytes a device needs."""
+        return self.peak.tensors * (1 + self.fragmentation) + self.runtime
+
+    def moment(self, name: str) -> Moment:
+        """Return a moment by name."""
+        return next(moment for moment in self.moments if moment.name == name)
+
+
+def plan_memory(job: Job) -> MemoryPlan:
+    """Return the moments of a training step, or of a generation."""
+    moments = _training_moments(job) if job.training else _generation_moments(job)
+    on_host = job.kernels == "cpu"
+    return MemoryPlan(tuple(moments), 0.0 if on_host else RUNTIME_BYTES, 0.0 if on_host else FRAGMENTATION)
+
+
+# ---- saved for the backward pass ---------------------------------------------------------------------------------
+
+
+def block_activations(job: Job) -> float:
+    """Bytes one block keeps for its backward pass, its input x included."""
+    model, e = job.model, job.element
+    dim, tensor = model.dim, job.dims.tensor
+    streams = dim * (2 * _saved_norm_input(job) + job.residual + 2 * e) + _normed_copies(job) * dim * 4
+    inside = 3 * dim * e + dim * e * (6 + (job.dims.ulysses_size > 1)) / tensor
+    inside += 3 * dim * _saved_head_norm(job) / tensor + 2 * model.ffn_dim * e / tensor
+    statistics = 3 * 8 + 3 * 4 + 2 * _softmax_bytes(job) * model.num_heads / tensor
+    n = job.local_tokens
+    return n / job.sequence_parts * streams + n * (inside + _rotation_bytes(job) + statistics) + _text_activations(job)
+
+
+def block_input(job: Job) -> float:
+    """Bytes of the residual stream: all that a recomputed block keeps."""
+    return job.local_tokens / job.sequence_parts * job.model.dim * job.residual
+
+
+def _saved_norm_input(job: Job) -> int:
+    """adaLN keeps its input; where the kernel wants fp32 and the stream is bf16, it keeps an fp32 copy instead."""
+    fits = job.kernels == "cpu" and job.micro_batch == 1
+    return job.residual if fits or job.residual == 4 else 4
+
+
+def _normed_copies(job: Job) -> int:
+    """adaLN's normalised fp32 input is kept where scale and shift are not the norm's own weights (per-clip values)."""
+    return 2 if job.micro_batch > 1 or job.kernels == "npu" else 0
+
+
+def _saved_head_norm(job: Job) -> int:
+    """RMS norm keeps its input; over tensor ranks it keeps fp32 copies: of the input (bf16: two) and the quotient."""
+    if job.dims.tensor == 1:
+        return job.element
+    return 8 if job.element == 4 else 12
+
+
+def _softmax_bytes(job: Job) -> int:
+    """Per head and token: the log-sum-exp, or the NPU kernel's maximum and sum, eight times each."""
+    return 64 if job.kernels == "npu" else 4
+
+
+def _rotation_bytes(job: Job) -> float:
+    """Per token: the complex table of q and of k; the NPU's kernel keeps its fp32 inputs."""
+    if job.kernels == "npu":
+        return 8 * job.model.dim / job.dims.tensor
+    return 8 * job.model.head_dim
+
+
+def _text_activations(job: Job) -> float:
+    rows = job.model.text_len * job.micro_batch
+    keys = _saved_head_norm(job) + job.element
+    return rows * job.model.dim * (keys + job.element) / job.dims.tensor
+
+
+def outside_activations(job: Job) -> float:
+    """Bytes kept by embeddings, head and loss."""
+    model, e = job.model, job.element
+    n, rows = job.local_tokens, model.text_len * job.micro_batch
+    final = model.dim * (job.residual if job.residual == 4 else 4 + job.residual) + model.dim * 4
+    patches = model.in_channels * model.patch_volume * e
+    text = rows * (model.text_dim + 3 * model.dim) * e
+    velocity = 4 * model.out_channels * _voxels(job)
+    return n / job.sequence_parts * (final + patches) + text + velocity
+
+
+def _voxels(job: Job) -> int:
+    frames, height, width = job.latent
+    return frames * height * width * job.micro_batch
+
+
+def saved_activations(job: Job) -> float:
+    """Bytes kept between forward and backward: every block's, recomputed ones their input."""
+    kept = job.model.num_layers - job.recomputed
+    return kept * block_activations(job) + job.recomputed * block_input(job) + outside_activations(job)
+
+
+# ---- moments -----------------------------------------------------------------------------------------------------
+
+
+def _state_parts(job: Job) -> dict[str, float]:
+    """Return what is there between steps: fp32 weights (frozen ones too, as FSDP2 shards masters) and moments."""
+    trained = job.trained.shard
+    parts = {"weights (fp32)": 4.0 * job.sizes.shard + (4.0 * trained if job.lora_rank else 0.0),
+             "Adam moments": 8.0 * trained}
+    if job.ema:
+        parts["EMA"] = 4.0 * trained
+    parts["rotary tables"] = job.local_tokens / job.micro_batch * job.model.head_dim * 8.0
+    parts["batch"] = 4.0 * (job.model.in_channels + job.model.out_channels) * _voxels(job) \
+        + 4.0 * job.micro_batch * job.model.text_len * job.model.text_dim
+    return parts
+
+
+def _gathered_parts(job: Job) -> dict[str, float]:
+    """Whole parameters that FSDP2 has gathered: a block is used while the next one arrives."""
+    if not job.wrapped:
+        return {}
+    sizes = job.sizes
+    return {"gathered parameters": float((sizes.outside + sizes.head + 2 * sizes.block) * job.element)}
+
+
+def _gradient_buffers(job: Job) -> dict[str, float]:
+    """One block's gradients in the compute type, and the fp32 buffer in which they are reduced."""
+    return {"gradient buffers": float(job.trained.block * (job.element + 4))} if job.wrapped else {}
+
+
+def _head_temporaries(job: Job) -> float:
+    """Gradients of the head's norm, fp32: the first thing a backward pass makes."""
+    return 2 * 4.0 * job.local_tokens / job.sequence_parts * job.model.dim
+
+
+def _block_temporaries(job: Job) -> float:
+    """Gradients that flow inside a block: of the residual stream, and of the feed-forward's hidden channels."""
+    model, e, n = job.model, job.element, job.local_tokens
+    return n / job.sequence_parts * model.dim * (job.residual + 4) + n * model.ffn_dim * e / job.dims.tensor
+
+
+def _training_moments(job: Job) -> list[Moment]:
+    states, gathered, gradients = _state_parts(job), _gathered_parts(job), 4.0 * job.trained.shard
+    standing = gradients if job.accumulation > 1 else 0.0
+    begin = {**states, **gathered, "activations": saved_activations(job), "gradients": standing,
+             "temporaries": _head_temporaries(job)}
+    last = {**states, **gathered, **_gradient_buffers(job), "temporaries": _block_temporaries(job),
+            "activations": _activations_at_last_block(job),
+            "gradients": standing or gradients * _share_of_later_blocks(job)}
+    update = {**states, "gradients": gradients}
+    if not job.fused_optimizer:
+        update["optimizer temporaries"] = 4.0 * job.trained.shard
+    moments = [Moment("backward begins", begin), Moment("backward of block 0", last), Moment("update", update)]
+    if job.recomputed == job.model.num_layers:
+        again = saved_activations(job) + block_activations(job) - block_input(job) - outside_activations(job)
+        moments.append(Moment("backward of the last block", {
+            **begin, "activations": again, "temporaries": _block_temporaries(job)}))
+    if job.encoders:
+        moments += _encoding_moments(job, states)
+    encoders = _resident_encoders(job)
+    return [Moment(m.name, _present({**m.parts, **encoders})) for m in moments]
+
+
+def _activations_at_last_block(job: Job) -> float:
+    """Block 0 is whole (kept or recomputed); later blocks are gone, and so is the head; the text branch is not."""
+    text = job.model.text_len * job.micro_batch * (job.model.text_dim + 3 * job.model.dim) * job.element
+    return block_activations(job) + text
+
+
+def _share_of_later_blocks(job: Job) -> float:
+    """Share of the gradients that exist when block 0's activations are whole: all but its own and the embeddings'."""
+    trained = job.trained
+    return 1.0 - (trained.block + trained.outside) / trained.whole if trained.whole else 0.0
+
+
+def _resident_encoders(job: Job) -> dict[str, float]:
+    if not job.encoders:
+        return {}
+    parts = {"VAE": VAE_PARAMETERS * job.element}
+    if not job.text_encoder_on_host:
+        parts["text encoder"] = TEXT_ENCODER_PARAMETERS * job.element
+    return parts
+
+
+def _encoding_moments(job: Job, states: dict[str, float]) -> list[Moment]:
+    text = {} if not job.text_encoder_on_host else {"text encoder": TEXT_ENCODER_PARAMETERS * job.element}
+    return [Moment("encoding text", {**states, **text}), Moment("encoding video", {**states, **_vae_parts(job)})]
+
+
+def _vae_parts(job: Job) -> dict[str, float]:
+    frames, height, width = job.latent
+    pixels = 64 * height * width
+    video = 3 * 4.0 * pixels * (4 * frames - 3)
+    return {"VAE working memory": VAE_PIXEL_BYTES * pixels * job.element / 4, "video": video}
+
+
+def _generation_moments(job: Job) -> list[Moment]:
+    sizes, e, model, n = job.sizes, job.element, job.model, job.local_tokens
+    tensor = job.dims.tensor
+    branches = job.guidance // job.cfg
+    weights = {"weights": float(job.experts * sizes.shard * e)}
+    context = job.experts * branches * model.num_layers * model.text_len * job.micro_batch * model.dim * 2 * e / tensor
+    inside = 3 * model.dim * e + 2 * 4 * model.dim  # q, k, v of the attention and the rotation's fp32 copies
+    widest = max(inside / tensor, (2 * model.ffn_dim / tensor + model.dim) * e)
+    per_token = widest + (model.dim * (2 * job.residual + e + 4)) / job.sequence_parts
+    denoise = {**weights, "text context": float(context), "activations": n * per_token,
+               "latents": 6 * 4.0 * model.out_channels * _voxels(job), **_gathered_parts(job)}
+    moments = [Moment("denoising", _present(denoise))]
+    if job.encoders:
+        vae = {"VAE": VAE_PARAMETERS * 4.0, **_vae_parts(job)}
+        moments += [Moment("decoding video", {**weights, **vae}),
+                    Moment("encoding text", {"text encoder": TEXT_ENCODER_PARAMETERS * e})]
+    return moments
+
+
+def _present(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if size}
