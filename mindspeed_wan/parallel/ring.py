@@ -57,7 +57,7 @@ class _RingAttention(torch.autograd.Function):
         ring: _Ring = ctx.ring
         grad, kv = grad.contiguous(), own
         dq = torch.zeros_like(q, dtype=torch.float32)
-        own_gradient: Tensor | None = None  # this rank's part of its own chunk's dk, dv: never sent
+        own_part = kv  # this rank's part of its own chunk's dk, dv: never sent (set in step 0)
         arriving: _Passing | None = None  # dk, dv of the chunk of the next step, summed over the ranks before this one
         for step in range(ring.size):
             coming = ring.pass_on(kv) if step + 1 < ring.size else None
@@ -70,12 +70,12 @@ class _RingAttention(torch.autograd.Function):
             else:
                 part = torch.zeros_like(kv)
             if step == 0:
-                own_gradient = part
+                own_part = part
             else:
                 arriving = ring.pass_on(part if arriving is None else arriving.wait() + part)
             kv = coming.wait() if coming is not None else kv
-        dkv = own_gradient if arriving is None else arriving.wait() + own_gradient
-        return None, None, dq.to(q.dtype), dkv[0], dkv[1]  # type: ignore[index]
+        dkv = own_part if arriving is None else arriving.wait() + own_part
+        return None, None, dq.to(q.dtype), dkv[0], dkv[1]
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,8 @@ def test_bytes_sent_are_the_least(context: int, ulysses: int) -> None:
     length = 24
     x = length // context * BATCH * HEADS * CHANNELS * 4
     ring = context // ulysses
-    for ((_, forward, backward),) in run_ranks(_attention, context, {"context": context, "ulysses": ulysses}, (length,)):
+    dims = {"context": context, "ulysses": ulysses}
+    for ((_, forward, backward),) in run_ranks(_attention, context, dims, (length,)):
         assert forward == {"exchange": 4 * x * (ulysses - 1) // ulysses, "ring": 2 * x * (ring - 1)}
         assert backward == {"exchange": 4 * x * (ulysses - 1) // ulysses, "ring": 4 * x * (ring - 1)}
 
