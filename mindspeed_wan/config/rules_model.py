@@ -80,9 +80,10 @@ def features_agree(config: RunConfig, ranks: int | None) -> list[ConfigError]:
         message = "the data file gives cached features, the model file encodes clips"
         fix = "set load_video_features and load_text_features to true in the model file"
         return mistake(message, fix, key="data:dataset_type")
-    if config.data.kind == "feature":
-        message = "training from cached features is not available yet"
-        return mistake(message, "give clips: dataset_type t2v, load_video_features false", key="data:dataset_type")
+    if config.model.load_video_features != config.model.load_text_features:
+        message = "latents and text states are cached together"
+        fix = "give load_video_features and load_text_features the same value"
+        return mistake(message, fix, key="model:load_video_features")
     return []
 
 

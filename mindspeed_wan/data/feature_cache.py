@@ -216,7 +216,7 @@ def read_shard_rows(path: Path) -> list[dict[str, Any]] | None:
 
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a tensor's bytes."""
-    return zlib.crc32(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -91,6 +91,15 @@ class FeatureDataset(KeyedDataset):
 
     def _empty_text(self) -> Tensor:
         return _read_tensor(str(self.folder / feature_cache.EMPTY_TEXT_FILE), "text")
+
+    def damaged(self) -> Iterator[str]:
+        """Read every tensor and yield a message for each that is missing or not what was written."""
+        for row in self.rows:
+            for name in row.get("crc", {}):
+                try:
+                    self._tensor(row, name)
+                except DataError as error:
+                    yield str(error).split("\n", 1)[0]
 
     @staticmethod
     def collate(samples: Sequence[FeatureSample]) -> MicroBatch:
