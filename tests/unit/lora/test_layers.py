@@ -216,3 +216,17 @@ def test_wrong_adapters_are_refused(model: WanDiT) -> None:
         apply.set_weight(model, "y", 0.5)
     with pytest.raises(ConfigError, match="adapter name"):
         apply.load_adapter(model, random_lora(TINY), "a.b")
+
+
+def test_compiled_blocks_notice_a_new_adapter(model: WanDiT) -> None:
+    lora = random_lora(TINY)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")
+    base = run(model)
+    apply.load_adapter(model, lora, "x")
+    adapted = run(model)
+    assert relative(adapted, base) > 1e-3
+    apply.set_weight(model, "x", 0.5)
+    assert relative(run(model), adapted) > 1e-4
+    apply.unload(model, "x")
+    assert relative(run(model), base) < 1e-6
