@@ -93,7 +93,7 @@ def copy_rate(source: Path, work: Path) -> float:
     """Return bytes/s of ``cp`` plus fsync of the largest file below ``source``, read from a cold cache."""
     largest = max((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     forget(source)
-    target, limit = work / "copy", 5 * 10**9
+    target, limit = work / "copy", 25 * 10**8
     start = time.perf_counter()
     subprocess.run(["dd", f"if={largest}", f"of={target}", "bs=8M", f"count={limit // (8 << 20)}", "conv=fsync",
                     "status=none"], check=True)
@@ -196,7 +196,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="convert-bench-") as name:
         work = Path(name)
         parameters = sum(_numel(p.shape) for p in parameter_table(config))
-        need, free = 2 * 2 * parameters + 6 * 10**9, shutil.disk_usage(work).free
+        need, free = 2 * 2 * parameters + 4 * 10**9, shutil.disk_usage(work).free
         if need > free:
             raise SystemExit(f"needs {need / 1e9:.0f} GB of disk, {work} has {free / 1e9:.0f} GB; use fewer --layers")
         result: dict[str, Any] = {
