@@ -273,7 +273,8 @@ def machine(platform: Platform) -> dict[str, object]:
 
 def print_table(rows: list[Row]) -> None:
     """Print one line per case."""
-    print(f"{'case':32} {'dtype':5} {'compiled':8} {'ours':>9} {'diffusers':>9} {'ratio':>6} {'TFLOP/s':>8} {'GEMM':>7}")
+    header = ("case", "dtype", "compiled", "ours", "diffusers", "ratio", "TFLOP/s", "of GEMM")
+    print("{:32} {:5} {:8} {:>9} {:>9} {:>6} {:>8} {:>7}".format(*header))
     for r in rows:
         print(f"{r.case:32} {r.dtype:5} {r.compiled!s:8} {r.ours_seconds:8.3f}s {r.diffusers_seconds:8.3f}s"
               f" {r.ratio:6.2f} {r.ours_tflops:8.3f} {r.share_of_gemm:7.1%}")
