@@ -1,0 +1,188 @@
+"""A whole generation against diffusers: seconds per stage and step on the same weights, machine and run.
+
+    python benchmarks/generate.py                                    # CPU: a small model made on the spot
+    python benchmarks/generate.py --preset mid                       # CPU: width of Wan 1.3B, 4 blocks, 240x416x17
+    python benchmarks/generate.py --ckpt_dir DIR --size 832*480 --frames 81 --steps 40 --dtype bf16    # GPU
+
+``share_of_gemm`` is the FLOP/s of the denoising steps over that of one large matrix product measured in the same run:
+the physical limit is 1. Both sides denoise the same noise for the same steps; the relative L2 distance of their latents
+is in the result, so a fast wrong answer shows. Ours and diffusers' runs alternate, and the best of each counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform as host
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_wan.demo.model_folder import write_model_folder
+from mindspeed_wan.inference.options import NEGATIVE_PROMPT, parse_size
+from mindspeed_wan.inference.pipeline import GeneratedVideo, WanGenerator
+from mindspeed_wan.models.wan.flops import forward_flops, latent_shape
+from mindspeed_wan.platforms import get_platform
+from mindspeed_wan.platforms.base import Platform
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROMPT, SEED = "A red fox trots through fresh snow between birch trees.", 7
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"size": "96*64", "frames": 17, "steps": 8, "model": {}},
+    "mid": {
+        "size": "416*240", "frames": 17, "steps": 4,
+        "model": {"num_layers": 4, "num_heads": 12, "head_dim": 128, "ffn_dim": 8960, "vae_base_dim": 16},
+    },
+}
+
+
+def main() -> int:
+    """Run the benchmark and write ``results/generate_<name>.json``."""
+    arguments = _arguments()
+    platform = get_platform(arguments.device).activate()
+    if platform.device_type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    preset = PRESETS[arguments.preset]
+    size = parse_size(arguments.size or preset["size"])
+    frames, steps = arguments.frames or preset["frames"], arguments.steps or preset["steps"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.ckpt_dir or write_model_folder(Path(temporary) / "w", dtype="bfloat16"
+                      if arguments.dtype == "bf16" else "float32", **preset["model"]))
+        result = measure(platform, folder, size, frames, steps, arguments)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output is None:
+        name = "checkpoint" if arguments.ckpt_dir else arguments.preset
+        arguments.output = RESULTS / f"generate_{name}_{platform.name}_{arguments.dtype}.json"
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(
+    platform: Platform, folder: Path, size: tuple[int, int], frames: int, steps: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return everything measured, JSON-ready."""
+    dtype = DTYPES[arguments.dtype]
+    generator = WanGenerator.from_pretrained(
+        folder, dtype=arguments.dtype, device=platform.name, grid="diffusers", noise="diffusers", steps=steps,
+        size=size, num_frames=frames, shift=3.0, guidance=(3.0, 4.0), memory=arguments.memory,
+    )
+    oracle = None if arguments.skip_diffusers else _diffusers(folder, dtype, platform)
+    ours: list[GeneratedVideo] = []
+    theirs: list[dict[str, Any]] = []
+    for _ in range(arguments.repeats + 1):  # the first of each warms caches up and is dropped
+        platform.reset_peak_memory()
+        ours.append(generator(PROMPT, seed=SEED))
+        peak = platform.peak_memory_bytes()
+        if oracle is not None:
+            theirs.append(_run_diffusers(oracle, size, frames, steps, platform))
+    config = generator.folder.config
+    flops = 2 * forward_flops(config, latent_shape(frames, *size)).total
+    limit = _gemm(dtype, platform)
+    step = min(_median_step(result.steps) for result in ours[1:])
+    record: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"device": platform.device_name(), "torch": torch.__version__, "python": host.python_version(),
+                    "threads": torch.get_num_threads() if platform.device_type == "cpu" else None},
+        "model": {"dim": config.dim, "layers": config.num_layers, "heads": config.num_heads},
+        "video": {"height": size[0], "width": size[1], "frames": frames, "steps": steps},
+        "dtype": arguments.dtype, "memory": generator.plan.mode if generator.plan else None,
+        "cfg_step_tflop": flops / 1e12, "gemm_tflops": limit / 1e12,
+        "ours": {"step_seconds": step, "stage_seconds": ours[-1].seconds, "share_of_gemm": flops / step / limit,
+                 "peak_memory_gib": peak / 2**30},
+    }
+    if theirs:
+        other = min(run["step_seconds"] for run in theirs[1:])
+        latents = theirs[-1]["latents"].float().cpu()
+        record["diffusers"] = {"step_seconds": other, "decode_seconds": theirs[-1]["decode_seconds"],
+                               "share_of_gemm": flops / other / limit}
+        record["speedup_per_step"] = other / step
+        record["latents_relative_l2"] = ((ours[-1].latents - latents).norm() / latents.norm()).item()
+    if platform.device_type == "cpu":
+        record["process_peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return record
+
+
+def _median_step(steps: dict[str, list[float]]) -> float:
+    # The first step of an expert also embeds the texts; it is part of the stage times, not of the step time.
+    return statistics.median([seconds for values in steps.values() for seconds in (values[1:] or values)])
+
+
+def _diffusers(folder: Path, dtype: torch.dtype, platform: Platform) -> Any:
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(platform.device())
+
+
+def _run_diffusers(
+    pipe: Any, size: tuple[int, int], frames: int, steps: int, platform: Platform
+) -> dict[str, Any]:
+    stamps: list[float] = []
+
+    def after_step(_pipe: Any, _index: int, _t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        platform.synchronize()
+        stamps.append(time.perf_counter())
+        return inputs
+
+    latents = pipe(
+        prompt=PROMPT, negative_prompt=NEGATIVE_PROMPT, height=size[0], width=size[1], num_frames=frames,
+        num_inference_steps=steps, guidance_scale=4.0, guidance_scale_2=3.0, output_type="latent",
+        generator=torch.Generator().manual_seed(SEED), callback_on_step_end=after_step,
+    ).frames
+    started = time.perf_counter()
+    config = pipe.vae.config
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in
+                 (config.latents_mean, config.latents_std))
+    with torch.no_grad():
+        pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)
+    platform.synchronize()
+    gaps = [later - earlier for earlier, later in itertools.pairwise(stamps)]
+    return {"step_seconds": statistics.median(gaps), "decode_seconds": time.perf_counter() - started,
+            "latents": latents[0]}
+
+
+def _gemm(dtype: torch.dtype, platform: Platform, side: int | None = None) -> float:
+    """Return the FLOP/s of a large square matrix product, the best of a few."""
+    side = side or (2048 if platform.device_type == "cpu" else 8192)
+    left, right = (torch.randn(side, side, device=platform.device(), dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        platform.synchronize()
+        started = time.perf_counter()
+        left @ right
+        platform.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="model and video made on the spot")
+    parser.add_argument("--ckpt_dir", help="a Diffusers T2V A14B folder instead")
+    parser.add_argument("--size", help="WIDTH*HEIGHT")
+    parser.add_argument("--frames", type=int, help="frames, 4k+1")
+    parser.add_argument("--steps", type=int, help="sampling steps, at least 3")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", choices=["npu", "cuda", "cpu"])
+    parser.add_argument("--memory", default="auto", help="auto, resident, sequential or block")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--skip_diffusers", action="store_true", help="ours only (weights that do not fit twice)")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
