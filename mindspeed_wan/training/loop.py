@@ -131,7 +131,7 @@ def _evaluate_if_due(run: Run) -> None:
     if run.first_rank:
         print(f" validation loss at iteration {run.progress.iteration}: {loss:.6E}", flush=True)
     if run.writer is not None:
-        run.writer.scalar("validation/loss", loss, run.progress.iteration)
+        run.writer.validation(loss, run.progress.iteration)
 
 
 def _stopped(run: Run, stop: StopRequest) -> StopRequested:

@@ -1,7 +1,7 @@
 """What a run reports: Megatron's log line, ``<save>/metrics.jsonl``, TensorBoard, and what produced them.
 
-Only rank 0 writes. ``metrics.jsonl`` holds one line per iteration; a resumed run cuts off the lines after the
-checkpoint it starts from, so the file is always one history of one model.
+Only rank 0 writes. ``metrics.jsonl`` holds one line per iteration, ``validation.jsonl`` one per evaluation; a resumed
+run cuts off the lines after the checkpoint it starts from, so the files are always one history of one model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mindspeed_wan import __version__
 from mindspeed_wan.checkpoint.manifest import disk_error, write_text_atomic
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 GIB = 2**30
 _PACKAGES = ("torch", "torch_npu", "megatron-core", "mindspeed", "diffusers", "transformers", "safetensors", "av",
              "decord", "decord2", "numpy", "pydantic")
@@ -120,6 +121,7 @@ class MetricsWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(self.path, start)
+            _drop_after(self.path.with_name(VALIDATION_FILE), start)
             self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held open for the whole run
             events = Path(tensorboard_dir) if tensorboard_dir else self.path.parent / "tensorboard"
             self._events = SummaryWriter(str(events), purge_step=start + 1 if start else None)
@@ -127,7 +129,7 @@ class MetricsWriter:
             raise disk_error(error, self.path) from None
 
     def write(self, report: IterationReport) -> None:
-        """Append one iteration; the line is on disk when this returns."""
+        """Write one iteration; its line of ``metrics.jsonl`` is on disk when this returns."""
         try:
             self._stream.write(json.dumps(asdict(report)) + "\n")
             self._stream.flush()
@@ -136,9 +138,14 @@ class MetricsWriter:
         for name in ("loss", "grad_norm", "lr", "sigma", "seconds"):
             self._events.add_scalar(f"train/{name}", getattr(report, name), report.iteration)
 
-    def scalar(self, name: str, value: float, iteration: int) -> None:
-        """Write one further TensorBoard value (evaluation loss, throughput)."""
-        self._events.add_scalar(name, value, iteration)
+    def validation(self, loss: float, iteration: int) -> None:
+        """Append one evaluation to ``validation.jsonl`` and TensorBoard."""
+        try:
+            with open(self.path.with_name(VALIDATION_FILE), "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"iteration": iteration, "loss": loss}) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.path) from None
+        self._events.add_scalar("validation/loss", loss, iteration)
 
     def close(self) -> None:
         """Flush and close both files."""

@@ -34,6 +34,7 @@ from mindspeed_wan.training.restore import model_card, restore
 from mindspeed_wan.training.saving import Saver
 from mindspeed_wan.training.source import BatchSource
 from mindspeed_wan.training.step import TrainStep
+from mindspeed_wan.training.validation import Validation
 
 
 def prepare(config: RunConfig, platform: Platform) -> Run:
@@ -58,10 +59,12 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
     progress.global_batch_size = config.global_batch(world_size)
     source = BatchSource(config, groups, platform, progress.consumed_samples)
     encoders = all_or_none(lambda: Encoders(config, groups, platform))
+    step = train_step(config, model, groups, platform)
+    evaluates = config.training.eval_interval is not None and config.training.eval_iters > 0
     run = Run(
         config=config,
         platform=platform,
-        step=train_step(config, model, groups, platform),
+        step=step,
         optimizer=optimizer,
         schedule=schedule(config, world_size),
         progress=progress,
@@ -70,6 +73,7 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
         rates=throughput(config, wan, world_size, platform),
         first_rank=is_first(),
         ema=ema,
+        evaluate=Validation(config, step, source, encoders) if evaluates else None,
     )
     if config.checkpoint.save is not None:
         _open_save_folder(run, views, model_card(config, wan))

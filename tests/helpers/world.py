@@ -105,3 +105,8 @@ def checkpoint_tensors(folder: Path) -> dict[str, Any]:
 
     with open_dcp(folder) as files:
         return {name: files.read(name) for name in files.tensors}
+
+
+def edit_json(source: Path, target: Path, **changes: Any) -> None:
+    """Copy a JSON file with some top-level keys changed."""
+    write_json(target, {**json.loads(source.read_text(encoding="utf-8")), **changes})

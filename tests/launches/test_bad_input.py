@@ -102,8 +102,8 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "vae folder as weights": (4, "", lambda w, a: set_flag(a, "--load", str(w.model / "vae"))),
     "heads not divisible": (2, "heads", lambda w, a: [*a, "--world-size", "3", "--context-parallel-size", "3",
                                                       "--dry-run"]),
-    "world does not factor": (2, "cannot be split", lambda w, a: [*a, "--world-size", "3", "--tensor-model-parallel-size", "2",
-                                                         "--dry-run"]),
+    "world does not factor": (2, "cannot be split", lambda w, a: [
+        *a, "--world-size", "3", "--tensor-model-parallel-size", "2", "--dry-run"]),
     "typo in a flag": (2, "--train-iters", lambda w, a: [*a, "--train-itres", "3"]),
     "typo in a key": (2, "num_heads", misspelt_key),
     "absent device": (3, "not usable", lambda w, a: set_flag(a, "--device", "npu")),

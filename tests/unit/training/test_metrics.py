@@ -63,3 +63,4 @@ def test_provenance_names_versions(tmp_path: Path) -> None:
     write_provenance(tmp_path, {"training": {"seed": 1}})
     assert json.loads((tmp_path / "config.json").read_text()) == {"training": {"seed": 1}}
     assert {"torch", "python", "mindspeed-wan"} <= set(json.loads((tmp_path / "versions.json").read_text()))
+
