@@ -39,7 +39,7 @@ class Device:
     inter: float
     linear: float = 0.70
     attention: float = 0.60
-    training: float = 0.72
+    training: float = 0.70
 
     @property
     def nominal_memory(self) -> float:
@@ -53,7 +53,7 @@ def _device(name: str, memory_gib: float, tflops: float, bandwidth: float, per_n
                   per_node=per_node, intra=intra * GB, inter=inter * GB, **shares)
 
 
-_ASCEND = {"linear": 0.62, "attention": 0.56}
+_ASCEND = {"linear": 0.687, "attention": 0.619}
 _HOPPER = {"linear": 0.72, "attention": 0.66}
 _BLACKWELL = {"linear": 0.70, "attention": 0.54}
 
@@ -67,8 +67,8 @@ PRESETS: dict[str, Device] = {
         _device("910B4", 32, 280, 800, 8, 196, 25, **_ASCEND),
         # Atlas 800 A3: 16 dies (8 packages) a node. Inside a supernode use --devices-per-node 768 (HCCS throughout).
         _device("A3", 64, 376, 1600, 16, 196, 25, **_ASCEND),
-        _device("A100", 80, 312, 2039, 8, 300, 25, linear=0.80, attention=0.62),
-        _device("H20", 96, 148, 4000, 8, 450, 50, linear=0.95, attention=0.93),
+        _device("A100", 80, 312, 2039, 8, 300, 25, linear=0.80, attention=0.66),
+        _device("H20", 96, 148, 4000, 8, 450, 50, linear=0.95, attention=0.95),
         _device("H100", 80, 989, 3350, 8, 450, 50, **_HOPPER),
         _device("H200", 140, 989, 4800, 8, 450, 50, **_HOPPER),
         _device("B200", 179, 2250, 8000, 8, 900, 50, **_BLACKWELL),

@@ -24,6 +24,10 @@ VAE_FLOPS_PER_PIXEL = 9.1e7
 """Decoding one pixel of one frame, as FLOP at the device's peak (SGLang: 720x1280x81 takes 6.9 s on an H100)."""
 VAE_ENCODE_SHARE = 0.5
 """Encoding against decoding (half the layers at full resolution)."""
+OVERLAP_COST = 0.15
+"""Share of hidden communication that shows anyway: it competes for memory and cores. An assumption, not a fit."""
+RING_MERGE_BYTES = 12
+"""Memory traffic per channel of one merge of partial attention results in fp32 (twice that in the backward pass)."""
 RANK_SPREAD = 0.005
 """Standard deviation of one rank's step time over ranks: a step waits for the slowest. An assumption, not a fit."""
 
@@ -88,10 +92,11 @@ def _forward_compute(job: Job) -> tuple[float, float]:
 
 
 def _elementwise_bytes(job: Job) -> float:
-    """Three norms, three residual additions on this rank's tokens; q/k norms, rotation, GELU on its heads."""
+    """Three norms, three residual additions on this rank's tokens; q/k norms, rotation, GELU, merges on its heads."""
     dim, e, r, tensor = job.model.dim, job.element, job.residual, job.dims.tensor
     streams = dim * (3 * (r + e) + 3 * (2 * r + e))
-    heads = (dim * (3 + 2) * 2 * e + job.model.ffn_dim * 2 * e) / tensor
+    merges = dim * RING_MERGE_BYTES * (job.dims.ring - 1)
+    heads = (dim * (3 + 2) * 2 * e + job.model.ffn_dim * 2 * e + merges) / tensor
     return job.local_tokens * (streams / job.sequence_parts + heads)
 
 
@@ -107,10 +112,14 @@ def _exposed(job: Job, found: Iterable[Collective], attention: float, other: flo
             fsdp2 += time
         else:
             seconds["exposed tensor" if collective.purpose.startswith("tensor") else "exposed context"] += time
-    seconds["exposed context"] += max(0.0, ring - attention * (job.dims.ring - 1) / job.dims.ring)
+    seconds["exposed context"] += _not_hidden(ring, attention * (job.dims.ring - 1) / job.dims.ring)
     covered = attention + other + seconds["exposed tensor"] + seconds["exposed context"]
-    seconds["exposed FSDP2"] = max(0.0, fsdp2 - covered)
+    seconds["exposed FSDP2"] = _not_hidden(fsdp2, covered)
     return seconds
+
+
+def _not_hidden(communication: float, work: float) -> float:
+    return max(communication - work, OVERLAP_COST * communication)
 
 
 def _forward(job: Job, found: list[Collective]) -> _Pass:

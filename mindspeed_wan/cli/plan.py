@@ -1,0 +1,152 @@
+"""`mindspeed-wan plan`: memory, time and layouts of a job before it starts, and how it scales."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mindspeed_wan.errors import ConfigError, ResourceError, did_you_mean
+from mindspeed_wan.models.wan.config import PRESETS, SAMPLING_DEFAULTS
+from mindspeed_wan.models.wan.flops import latent_shape
+from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.planning import report
+from mindspeed_wan.planning.devices import GB, GIB, Device, device
+from mindspeed_wan.planning.devices import PRESETS as DEVICES
+from mindspeed_wan.planning.job import Job
+from mindspeed_wan.planning.layouts import Layout, Search, search
+from mindspeed_wan.planning.scaling import scaling
+
+SCALING_LIMIT = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    what = parser.add_argument_group("the job")
+    what.add_argument("--task", default="t2v-A14B", help=f"model: {', '.join(PRESETS)} (default t2v-A14B)")
+    what.add_argument("--infer", action="store_true", help="plan a generation instead of training")
+    what.add_argument("--size", default="480x832", help="height x width in pixels (default 480x832)")
+    what.add_argument("--frames", type=int, default=81, help="frames of a clip, 4k+1 (default 81)")
+    what.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank only")
+    what.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    what.add_argument("--fp32-residual", action="store_true", help="keep the residual stream in fp32")
+    what.add_argument("--micro-batch-size", type=int, default=1, help="clips per pass and data rank")
+    what.add_argument("--global-batch-size", type=int, help="clips per optimizer step (default: one pass)")
+    what.add_argument("--ema", action="store_true", help="keep an average of the weights")
+    what.add_argument("--features", action="store_true", help="train from cached latents and text: no encoders")
+    what.add_argument("--steps", type=int, help="denoising steps (default: the task's)")
+    where = parser.add_argument_group("the devices")
+    where.add_argument("--device", default="910B", help=f"preset: {', '.join(DEVICES)} (default 910B)")
+    where.add_argument("--devices", type=int, default=8, help="how many (default 8)")
+    for name, unit in (("memory", "GiB"), ("tflops", "dense bf16 TFLOP/s"), ("intra", "GB/s to devices of the node"),
+                       ("inter", "GB/s to other nodes"), ("devices-per-node", "devices that share the fast links")):
+        where.add_argument(f"--{name}", type=int if name == "devices-per-node" else float, help=unit)
+    fixed = parser.add_argument_group("fixed degrees (left out: the planner chooses)")
+    for name, text in (("tp", "tensor parallel"), ("cp", "context parallel"), ("ulysses", "Ulysses part of it"),
+                       ("shard", "FSDP2 sharding size, 0: no FSDP2"), ("recompute", "blocks recomputed"),
+                       ("cfg", "guidance branches on their own ranks, 1 or 2")):
+        fixed.add_argument(f"--{name}", type=int, help=text)
+    fixed.add_argument("--no-sp", action="store_true", help="tensor parallel without sequence parallel")
+    output = parser.add_argument_group("output")
+    output.add_argument("--scaling", action="store_true", help="weak and strong scaling of the best layout")
+    output.add_argument("--max-devices", type=int, default=SCALING_LIMIT, help=f"its end (default {SCALING_LIMIT})")
+    output.add_argument("--plot", type=Path, metavar="PNG", help="also plot the scaling")
+    output.add_argument("--all", action="store_true", help="list every layout and every refusal")
+    output.add_argument("--json", action="store_true", help="everything as JSON (bytes, seconds)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        ConfigError: sizes that no model or device has, or degrees that do not factor.
+        ResourceError: no layout fits into the devices' memory.
+    """
+    job, wanted = _job(args), _search(args)
+    plan = search(job, wanted)
+    values = report.as_dict(plan)
+    if not args.json:
+        print(report.text(plan, everything=args.all))
+    if plan.layouts:
+        best = plan.layouts[0]
+        if not args.json and job.training:
+            print(f"\nstart it: {report.flags(best)} bash examples/wan2.2/A14B/t2v/pretrain_high.sh")
+        if args.scaling or args.plot:
+            values["scaling"] = _scaling(args, best)
+    if args.json:
+        print(json.dumps(values, indent=1))
+    if not plan.layouts:
+        raise _nothing_runs(args, plan.refused[0].reason if plan.refused else "no degrees divide the devices")
+    return 0
+
+
+def _nothing_runs(args: argparse.Namespace, reason: str) -> ConfigError | ResourceError:
+    if "GiB" in reason:
+        return ResourceError(f"nothing fits: {reason}", fix="use more --devices, a smaller --size or fewer --frames")
+    return ConfigError(f"no layout of {args.devices} devices is legal: {reason}", fix="leave a degree out")
+
+
+def _job(args: argparse.Namespace) -> Job:
+    if args.task not in PRESETS:
+        fix = f"{did_you_mean(args.task, tuple(PRESETS))} tasks: {', '.join(PRESETS)}".strip()
+        raise ConfigError(f"'{args.task}' is not a task", where="--task", fix=fix)
+    sampling = SAMPLING_DEFAULTS[args.task]
+    chosen = _device(args)
+    return Job(
+        model=PRESETS[args.task], latent=_latent(args), device=chosen, dims=ParallelDims(),
+        training=not args.infer, precision=args.precision, fp32_residual=args.fp32_residual,
+        micro_batch=_at_least_one(args.micro_batch_size, "--micro-batch-size"), lora_rank=args.lora, ema=args.ema,
+        encoders=not args.features, steps=args.steps or sampling.num_steps,
+        kernels="npu" if chosen.name.startswith(("910", "A3")) else "cuda",
+    )
+
+
+def _device(args: argparse.Namespace) -> Device:
+    scale = {"memory": ("memory", GIB), "tflops": ("peak_flops", 1e12), "intra": ("intra", GB), "inter": ("inter", GB)}
+    given = {field: getattr(args, flag) * unit for flag, (field, unit) in scale.items()
+             if getattr(args, flag) is not None}
+    return device(args.device, per_node=args.devices_per_node, **given)
+
+
+def _latent(args: argparse.Namespace) -> tuple[int, int, int]:
+    height, separator, width = args.size.lower().replace("*", "x").partition("x")
+    if not separator or not height.isdigit() or not width.isdigit():
+        raise ConfigError(f"'{args.size}' is not HEIGHTxWIDTH", where="--size", fix="for example 720x1280")
+    sizes = int(height), int(width)
+    if any(size < 16 or size % 16 for size in sizes):
+        raise ConfigError(f"{args.size}: both sides must be multiples of 16 pixels", where="--size")
+    if args.frames < 1 or args.frames % 4 != 1:
+        raise ConfigError(f"{args.frames} frames are not 4k+1", where="--frames",
+                          fix=f"use {max(1, args.frames // 4 * 4 + 1)}")
+    return latent_shape(args.frames, *sizes)
+
+
+def _search(args: argparse.Namespace) -> Search:
+    return Search(
+        devices=_at_least_one(args.devices, "--devices"), tensor=args.tp, context=args.cp, ulysses=args.ulysses,
+        sequence_parallel=False if args.no_sp else None, shard=args.shard, recomputed=args.recompute,
+        global_batch=args.global_batch_size, cfg=args.cfg,
+    )
+
+
+def _at_least_one(value: int, flag: str) -> int:
+    if value < 1:
+        raise ConfigError(f"{value} is below 1", where=flag)
+    return value
+
+
+def _scaling(args: argparse.Namespace, best: Layout) -> dict[str, list[dict[str, float]]]:
+    if not best.job.training:
+        raise ConfigError("scaling is planned for training", where="--scaling", fix="leave --infer out")
+    weak = scaling(best.job, args.max_devices, "weak")
+    # Strong scaling starts from a batch that the largest number of devices can still divide.
+    whole = best.job.with_changes(accumulation=best.job.accumulation * max(1, args.max_devices // args.devices))
+    strong = scaling(whole, args.max_devices, "strong")
+    if not args.json:
+        for name, rows in (("weak", weak), ("strong", strong)):
+            print(f"\n{name} scaling (simulated):", *report.scaling_table(rows), sep="\n")
+    if args.plot is not None:
+        report.plot_scaling(weak, strong, args.plot, f"{best.name} on {best.job.device.name}")
+        if not args.json:
+            print(f"plot: {args.plot}")
+    return {"weak": [vars(row) for row in weak], "strong": [vars(row) for row in strong]}

@@ -1,0 +1,143 @@
+"""A plan as text, as JSON and as plots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mindspeed_wan.planning.devices import GIB
+from mindspeed_wan.planning.layouts import Layout, Plan
+from mindspeed_wan.planning.scaling import ScalingRow
+from mindspeed_wan.planning.traffic import collectives
+
+SHOWN = 6
+"""Layouts and refusals listed unless all are asked for."""
+
+
+def text(plan: Plan, *, everything: bool = False) -> str:
+    """Return the ranking, the details of the best layout, and the refusals."""
+    lines: list[str] = []
+    limit = None if everything else SHOWN
+    if plan.layouts:
+        lines += ["layouts, fastest first:", *ranking(plan.layouts[:limit]), "", *details(plan.layouts[0])]
+    else:
+        lines.append("no layout of these devices runs this job")
+    if plan.refused:
+        shown = plan.refused[:limit]
+        lines += ["", f"refused ({len(plan.refused)}):", *(f"  {r.name}: {r.reason}" for r in shown)]
+        if len(shown) < len(plan.refused):
+            lines.append(f"  ... and {len(plan.refused) - len(shown)} more (--all)")
+    return "\n".join(lines)
+
+
+def ranking(layouts: Sequence[Layout]) -> list[str]:
+    """Return a table with a line per layout."""
+    training = bool(layouts) and layouts[0].job.training
+    head = "clips/s" if training else "s/video"
+    width = max(len(layout.name) for layout in layouts)
+    lines = [f"  {'layout':<{width}}  {'GiB':>6}  {'s/step':>7}  {head:>8}  {'MFU':>5}  exposed"]
+    for layout in layouts:
+        time = layout.duration
+        rate = f"{time.clips_per_second:8.3f}" if training else f"{time.total:8.1f}"
+        lines.append(f"  {layout.name:<{width}}  {layout.memory.total / GIB:6.1f}  {time.step:7.2f}  {rate}"
+                     f"  {time.mfu:4.0%}  {time.exposed / time.step:6.1%}")
+    return lines
+
+
+def details(layout: Layout) -> list[str]:
+    """Return memory by part, time by part and bytes by collective of one layout."""
+    memory, time, job = layout.memory, layout.duration, layout.job
+    peak = memory.peak
+    lines = [f"{layout.name}: {memory.total / GIB:.1f} of {job.device.memory / GIB:.0f} GiB per device, most at:"
+             f" {peak.name}"]
+    lines += _columns({**peak.parts, "fragmentation": memory.fragmentation * peak.tensors,
+                       "runtime": memory.runtime}, GIB, "GiB")
+    lines.append("time of one step")
+    lines += _columns(time.parts, 1.0, "s")
+    found = collectives(job)
+    if found:
+        lines.append("collectives (bytes of one call; calls per block, * per pass or step)")
+        lines += [f"  {c.purpose:<36} {c.kind:<14} {c.phase:<8} x{c.calls}{' ' if c.per_block else '*'}"
+                  f" {c.payload / 1e6:10.2f} MB  over {c.size} ranks" for c in found]
+    return lines
+
+
+def _columns(parts: Mapping[str, float], unit: float, name: str) -> list[str]:
+    shown = {key: value for key, value in parts.items() if value > 0}
+    return [f"  {key:<26} {value / unit:9.3f} {name}" for key, value in shown.items()]
+
+
+def scaling_table(rows: Sequence[ScalingRow]) -> list[str]:
+    """Return one line per number of devices."""
+    lines = [f"  {'devices':>7}  {'batch':>6}  {'s/step':>7}  {'clips/s':>9}  {'MFU':>5}  {'efficiency':>10}  {'GiB':>6}"]
+    lines += [f"  {r.devices:7d}  {r.global_batch:6d}  {r.step_seconds:7.2f}  {r.clips_per_second:9.3f}  {r.mfu:4.0%}"
+              f"  {r.efficiency:10.1%}  {r.memory / GIB:6.1f}" for r in rows]
+    return lines
+
+
+def as_dict(plan: Plan, *, everything: bool = True) -> dict[str, Any]:
+    """Return a plan as JSON-ready values: bytes and seconds."""
+    limit = None if everything else SHOWN
+    return {"layouts": [layout_dict(layout) for layout in plan.layouts[:limit]],
+            "refused": [vars(refusal) for refusal in plan.refused[:limit]]}
+
+
+def layout_dict(layout: Layout) -> dict[str, Any]:
+    """Return everything known about a layout as JSON-ready values."""
+    job, memory, time = layout.job, layout.memory, layout.duration
+    dims = job.dims
+    return {
+        "name": layout.name,
+        "tensor": dims.tensor, "sequence_parallel": dims.sequence_parallel, "context": dims.context,
+        "ulysses": dims.ulysses_size, "ring": dims.ring, "data": dims.data,
+        "shard": dims.shard_size if job.fsdp2 else None,
+        "recomputed_blocks": job.recomputed, "accumulation": job.accumulation, "cfg": job.cfg,
+        "memory_bytes": memory.total, "memory_peak": memory.peak.name,
+        "memory_moments": {moment.name: moment.parts for moment in memory.moments},
+        "seconds": time.parts, "step_seconds": time.step, "total_seconds": time.total,
+        "clips_per_second": time.clips_per_second, "mfu": time.mfu,
+        "collectives": [{"purpose": c.purpose, "kind": c.kind, "phase": c.phase, "ranks": c.size, "calls": c.calls,
+                         "per_block": c.per_block, "payload_bytes": c.payload, "sent_bytes": c.sent,
+                         "seconds": c.seconds(job.device)} for c in collectives(job)],
+    }
+
+
+def flags(layout: Layout) -> str:
+    """Return the variables and flags that start this layout with the launch scripts."""
+    job, dims = layout.job, layout.job.dims
+    words = [f"TP={dims.tensor}", f"CP={dims.context}"] + (["SP=1"] if dims.sequence_parallel else [])
+    if dims.ring > 1:
+        words.append("CP_ALGO=megatron_cp_algo" if dims.ulysses_size == 1
+                     else f"CP_ALGO=hybrid_cp_algo ULYSSES_DEGREE={dims.ulysses_size}")
+    words += [f"MBS={job.micro_batch}", f"GRAD_ACC_STEP={job.accumulation}"]
+    if not job.fsdp2:
+        words.append("FSDP_CONFIG=")
+    return " ".join(words)
+
+
+def plot_scaling(weak: Sequence[ScalingRow], strong: Sequence[ScalingRow], path: Path, title: str) -> None:
+    """Write a PNG: clips per second over devices against the straight line, and efficiency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for rows, name in ((weak, "weak scaling"), (strong, "strong scaling")):
+        if rows:
+            devices = [row.devices for row in rows]
+            left.plot(devices, [row.clips_per_second for row in rows], marker="o", label=name)
+            right.plot(devices, [100 * row.efficiency for row in rows], marker="o", label=name)
+    rows = weak or strong
+    ideal = [rows[0].clips_per_second * row.devices / rows[0].devices for row in rows]
+    left.plot([row.devices for row in rows], ideal, linestyle=":", color="grey", label="ideal")
+    left.set(xscale="log", yscale="log", xlabel="devices", ylabel="clips/s")
+    right.set(xscale="log", xlabel="devices", ylabel="efficiency (%)", ylim=(0, 105))
+    left.legend()
+    figure.suptitle(title)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(temporary, path)
