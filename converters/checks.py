@@ -77,6 +77,9 @@ def infer_config(tensors: Mapping[str, StoredTensor], where: Path, hint: WanConf
 def rename_to_mm(found: Mapping[str, StoredTensor], config: WanConfig, layout: Layout,
                  where: Path) -> dict[str, StoredTensor]:
     """Return the tensors keyed by MM names in model order, after checking names, shapes, tiling and precision."""
+    if config.num_layers > len(found):
+        raise CheckpointError(f"the config says {config.num_layers} blocks, but there are {len(found)} tensors in all",
+                              where=str(where), fix="config and weights are not of one model; download both again")
     table = by_name(config, layout)
     _check_names(found, table, where)
     wrong = [f"{name} is {list(found[name].shape)}, the config says {list(param.shape)}"

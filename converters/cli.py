@@ -36,6 +36,7 @@ def main() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return the exit code; errors are raised as ``WanError``."""
+    argv = ["--print_config" if word.startswith("--print_config=") else word for word in argv]
     names, rest = _split_names(argv)
     parser = _parser()
     if not argv or (rest[:1] in (["-h"], ["--help"]) and not names):
@@ -98,11 +99,17 @@ def _resolve_names(names: list[str], file: Mapping[str, Any]) -> tuple[str, str]
 # ---- options -------------------------------------------------------------------------------------------------
 
 
+_PATTERN_FIX = ("give one source and one target; the shell turns a pattern like transformer* into two paths: give the "
+                "pipeline folder instead, which converts both experts")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Turn argparse's exit into our error, with the nearest option for a typo."""
         word = next((w for w in message.split() if w.startswith("--")), "").partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
+        if not word and message.startswith("unrecognized arguments"):
+            raise ConfigError(message, fix=_PATTERN_FIX)
         raise ConfigError(message, fix=did_you_mean(word, known) or "mm-convert --help lists the options")
 
 
@@ -140,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", default=None, help="no progress")
     add("--json", action="store_true", default=None, help="inspect: machine-readable output")
     add("--config", metavar="FILE", help="YAML file with these options; the command line overrides it")
-    add("--print_config", nargs="?", const="plain", metavar="comments", help="print the options as YAML and exit")
+    add("--print_config", action="store_true", help="print the options as YAML and exit")
     add("--version", action="version", version=f"mindspeed-wan {_version()}")
     return parser
 
@@ -235,7 +242,7 @@ def _merge(args: argparse.Namespace, file: Mapping[str, Any]) -> argparse.Namesp
     for short, name in (("source", "source_path"), ("target", "target_path")):
         given, long = getattr(args, short), getattr(args, name)
         if given is not None and long is not None:
-            raise ConfigError(f"the {short} is given twice: {given!r} and --cfg.{name} {long!r}", fix="keep one")
+            raise ConfigError(f"the {short} is given twice: {given!r} and --cfg.{name} {long!r}", fix=_PATTERN_FIX)
         setattr(args, name, given if given is not None else long)
     for name in (*_CFG_KEYS.values(), *_OPTIONS):
         if getattr(args, name, None) is None:

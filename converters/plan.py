@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ class OutputFile:
         return sum(part.size for part in self.parts)
 
 
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for sizes in a config that no model has and that arithmetic would choke on."""
+    for key, value in values.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(n, (int, float)) and not isinstance(n, bool) and not 0 < n < 1 << 24 for n in numbers):
+            raise ValueError(f"{key} is {value}")
+
+
 @dataclass(frozen=True)
 class Card:
     """What a folder of weights is: architecture and expert. Stored as ``wan.json`` beside the weights.
@@ -99,11 +107,12 @@ class Card:
             return None
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            check_numbers(raw["config"])
             expert = raw.get("expert")
             if expert not in (None, "high", "low"):
                 raise ValueError(f"expert {expert!r}")
             return cls(WanConfig.from_dict(raw["config"]), expert, raw.get("boundary"), raw.get("shift"))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError) as error:
             raise CheckpointError(f"cannot be read ({error})", where=str(path),
                                   fix="the folder is damaged; convert it again") from None
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from mindspeed_wan.checkpoint.manifest import MANIFEST_NAME, confined, hash_file, read_manifest
 from mindspeed_wan.checkpoint.safe_load import SafeTensorsFile, read_safetensors_header, read_safetensors_index
-from mindspeed_wan.errors import CheckpointError
+from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import Layout as Names
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan_converters.checks import infer_config, name_layout, rename_partial, rename_to_mm
-from mindspeed_wan_converters.plan import Card, Constant, Layout, OutputFile, Slice, Weights
+from mindspeed_wan_converters.plan import Card, Constant, Layout, OutputFile, Slice, Weights, check_numbers
 from mindspeed_wan_converters.tensors import Box, StoredTensor
 
 _STEM = "diffusion_pytorch_model"
@@ -122,11 +122,12 @@ def _config(folder: Path | None, names: Names, found: Mapping[str, StoredTensor]
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("not an object")
+        check_numbers(raw)
         if names == "hf":
             return WanConfig.from_diffusers(raw, where=str(path))
         config = WanConfig.from_original(raw, where=str(path))
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=str(path), fix="download config.json again") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ConfigError, OSError) as error:
+        raise CheckpointError(f"cannot be used ({error})", where=str(path), fix="download config.json again") from None
     image, position = found.get("img_emb.proj.0.weight"), found.get("img_emb.emb_pos")
     return config.with_changes(image_dim=image.shape[0] if image else None,
                                pos_embed_len=position.shape[1] if position and len(position.shape) == 3 else None)

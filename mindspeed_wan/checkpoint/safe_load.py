@@ -81,7 +81,10 @@ def safe_torch_load(path: str | os.PathLike[str], mmap: bool = True) -> Any:
         dtype = getattr(torch, DTYPES[ref.code][0])
         return torch.empty(0, dtype=dtype).set_(storage, ref.storage_offset, ref.shape, ref.stride)
 
-    return _replace_refs(parsed.root, build)
+    try:
+        return _replace_refs(parsed.root, build)
+    except RecursionError:
+        raise CheckpointError("refused: its objects are nested without end", where=str(path)) from None
 
 
 def _replace_refs(value: Any, build: Any) -> Any:
@@ -182,6 +185,7 @@ def read_dcp_metadata(folder: str | os.PathLike[str]) -> Metadata:
 
 
 def _check_metadata(metadata: Any, folder: Path, path: Path) -> None:
+    from torch import dtype
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -200,6 +204,8 @@ def _check_metadata(metadata: Any, folder: Path, path: Path) -> None:
                                   f"{info.offset + info.length}", where=str(folder / name), fix="copy it again")
     for name, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
+            if not isinstance(name, str) or not isinstance(entry.properties.dtype, dtype):
+                raise ValueError(f"the entry of {name!r} is not a tensor's")
             _check_chunks(name, entry)
 
 

@@ -98,6 +98,7 @@ BAD_COMMANDS = [
     (["hf_to_dcp", "HF", "OUT", "--max-shard-size", "lots"], "lots"),
     (["hf_to_dcp", "HF", "OUT", "--cfg.sorce_path", "x"], "--cfg.source_path"),
     (["hf_to_dcp", "HF", "OUT", "--cfg.source_path", "HF"], "twice"),
+    (["hf_to_dcp", "HF", "HF_2", "OUT"], "pipeline folder"),
     (["hf_to_dcp", "HF", "HF"], "same folder"),
     (["hf_to_dcp", "HF", "PARENT"], "contains the source"),
     (["hf_to_dcp", "HF", "OUT", "--cfg.target_parallel_config.tp_size", "2"], "parallel layout"),

@@ -220,6 +220,33 @@ def _assert_clear(error: WanError, what: str) -> None:
     assert error.where and len(text.splitlines()) <= 2 and "Traceback" not in text, (what, text)
 
 
+def test_random_values_in_config_files_never_end_in_a_traceback(tmp_path: Path) -> None:
+    hf = write_expert(tmp_path / "hf", "t2v", random_state("t2v", "fp32"), shards=2)
+    dcp_folder = tmp_path / "dcp"
+    assert run(["hf_to_dcp", str(hf), str(dcp_folder), "--quiet"]) == 0
+    (dcp_folder / "release" / "manifest.json").unlink()
+    files = [hf / "config.json", hf / "diffusion_pytorch_model.safetensors.index.json", dcp_folder / "release/wan.json"]
+    values: list[Any] = [0, -1, 1 << 70, 1.5, "x", "", None, [], {}, [1, 2], True, [0, 0, 0], float("nan"), "\0",
+                         "../x"]
+    accepted = 0
+    for number in range(300):
+        rng = random.Random(number)
+        path = rng.choice(files)
+        good = path.read_text()
+        raw = json.loads(good)
+        inner = [raw, *(v for v in raw.values() if isinstance(v, dict))]
+        part = rng.choice(inner)
+        part[rng.choice(list(part))] = rng.choice(values)
+        path.write_text(json.dumps(raw))
+        try:
+            run(["verify", str(dcp_folder if "dcp" in path.parts else hf), "--quiet"])
+            accepted += 1
+        except WanError as error:
+            assert error.exit_code in (2, 4)
+        path.write_text(good)
+    assert 0 < accepted < 150, "keys that do not matter may have any value, the others may not"
+
+
 def test_swapped_experts_are_refused(tmp_path: Path) -> None:
     dcp_folder = tmp_path / "dcp"
     assert run(["hf_to_dcp", str(write_pipeline(tmp_path / "good")), str(dcp_folder), "--quiet"]) == 0
