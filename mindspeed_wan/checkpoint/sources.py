@@ -158,7 +158,7 @@ def open_dcp(folder: Path, *, prefix: str = "") -> TensorFiles:
     for index, info in metadata.storage_data.items():
         if index.offset is None or (index.fqn, tuple(index.offset)) not in chunks:
             continue  # Megatron's args and versions are bytes entries; other prefixes are not asked for
-        entry = metadata.state_dict_metadata[index.fqn]
+        entry: Any = metadata.state_dict_metadata[index.fqn]
         origin = tuple(index.offset)
         code = TORCH_TO_CODE.get(str(entry.properties.dtype).removeprefix("torch."))
         if code is None:

@@ -7,6 +7,7 @@ encoders and data at the restored position -> writers.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platf
     gradients in fp32.
     """
     bf16 = config.training.precision == "bf16"
-    fsdp2 = None
+    fsdp2: Any = None  # a Fsdp2Section; its Literal fields are narrower than the protocol's strings
     if config.parallel.use_torch_fsdp2 or bf16:
         fsdp2 = config.fsdp2.model_copy(update={"param_dtype": config.training.precision})
     recompute = None
