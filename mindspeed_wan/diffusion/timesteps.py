@@ -219,7 +219,8 @@ class SigmaDistribution:
         if high < 1.0:
             down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
             timestep = (NUM_TRAIN_TIMESTEPS * rounded).double()
-            rounded = torch.where(timestep >= NUM_TRAIN_TIMESTEPS * high, down, rounded)
+            outside = (rounded.double() >= high) | (timestep >= NUM_TRAIN_TIMESTEPS * high)
+            rounded = torch.where(outside, down, rounded)
         return rounded
 
 

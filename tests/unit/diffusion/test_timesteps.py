@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -137,9 +137,10 @@ def test_share_of_the_high_expert_under_logit_normal() -> None:
         assert float((draws >= boundary).double().mean()) == pytest.approx(share, abs=2e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(boundary=st.floats(0.01, 0.99), shift=st.floats(0.2, 20), uniform=st.floats(0, 1, exclude_max=True),
        density=st.sampled_from(["uniform", "logit_normal"]))
+@example(boundary=0.8168449954718418, shift=1.0, uniform=1 - 2.0**-52, density="uniform")
 def test_no_draw_leaves_its_expert(boundary: float, shift: float, uniform: float, density: str) -> None:
     for expert in ("high", "low"):
         sigma_range = expert_range(expert, boundary)
