@@ -215,7 +215,8 @@ class SigmaDistribution:
         rounded = sigma.float()
         low, high = self.sigma_range.low, self.sigma_range.high
         up = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-        rounded = torch.where(rounded.double() < low, up, rounded)
+        timestep = (NUM_TRAIN_TIMESTEPS * rounded).double()
+        rounded = torch.where((rounded.double() < low) | (timestep < NUM_TRAIN_TIMESTEPS * low), up, rounded)
         if high < 1.0:
             down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
             timestep = (NUM_TRAIN_TIMESTEPS * rounded).double()
