@@ -119,7 +119,8 @@ def build_loader(
         multiprocessing_context=start_method if num_workers else None,
         worker_init_fn=_quiet_worker,
     )
-    return _checked(loader, collate, log, pin_memory)
+    # Workers start here, not at the first batch: they decode while the model is still being loaded.
+    return _checked(iter(loader), collate, log, pin_memory)
 
 
 def _as_list(samples: Sequence[Any]) -> list[Any]:
@@ -132,8 +133,7 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _checked(loader: Any, collate: Any, log: BadSampleLog, pin_memory: bool) -> Iterator[MicroBatch]:
-    samples_of = iter(loader)
+def _checked(samples_of: Any, collate: Any, log: BadSampleLog, pin_memory: bool) -> Iterator[MicroBatch]:
     while True:
         try:
             samples = next(samples_of)
