@@ -1,0 +1,319 @@
+"""Step caches: some steps reuse the change that the blocks made at an earlier step instead of running them.
+
+For Wan the decision depends on the timestep alone (TeaCache looks at the time embedding, MagCache at a table,
+TaylorSeer at the step number), so a plan is computed before the loop: no host synchronisation, and no rank can differ.
+A plan never crosses the switch of experts: the first step of each expert computes, and what was remembered is dropped.
+
+Rules: TeaCache ``acc += poly(|m - m'| / |m'|)``, skip while ``acc < threshold``. MagCache ``r *= ratio``, ``err += |1 -
+r|``, skip while ``err < threshold`` and at most ``max_skips`` in a row. TaylorSeer computes every ``interval`` steps
+and extrapolates in between.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mindspeed_wan.diffusion.schedule import SigmaSchedule
+from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.inference.cache_tables import MagnitudeTable
+
+RunBlocks = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which steps run the blocks. ``order`` is that of the extrapolation on the others (0: the last change again)."""
+
+    method: str
+    compute: tuple[bool, ...]
+    order: int = 0
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps that reuse."""
+        return self.compute.count(False)
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Block evaluations without the cache over those with it."""
+        return len(self.compute) / max(1, self.compute.count(True))
+
+    def describe(self) -> str:
+        """Return the plan as a line: ``#`` computes, ``.`` reuses."""
+        marks = "".join("#" if c else "." for c in self.compute)
+        return f"{self.method}: {self.num_skipped} of {len(self.compute)} steps reused ({marks})"
+
+
+def expert_spans(schedule: SigmaSchedule, boundary: float | None) -> list[range]:
+    """Return the steps of each expert in order of use."""
+    names = [schedule.expert(step, boundary) for step in range(schedule.num_steps)]
+    starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(names)], strict=True)]
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def teacache_plan(
+    changes: Sequence[float], spans: Sequence[range], *, polynomial: Sequence[float] | dict[str, Sequence[float]],
+    threshold: float, num_forced_start: int = 5, num_forced_end: int = 0,
+) -> CachePlan:
+    """Plan from the relative L1 change of the time embedding at each step (``modulation_changes``).
+
+    Args:
+        changes: one value per step; that of an expert's first step is ignored.
+        spans: steps of each expert.
+        polynomial: coefficients, highest power first; or one set per expert, keyed ``high`` and ``low``.
+        threshold: larger skips more and changes the video more.
+        num_forced_start: steps at the very start that always compute.
+        num_forced_end: steps at the very end that always compute.
+    """
+    if threshold <= 0:
+        raise ConfigError(f"TeaCache threshold {threshold} must be above 0")
+    last = spans[-1].stop
+    compute = [True] * last
+    for number, span in enumerate(spans):
+        coefficients = polynomial if not isinstance(polynomial, dict) else polynomial[("high", "low")[number]]
+        accumulated = 0.0
+        for step in span:
+            if step == span.start or step < num_forced_start or step >= last - num_forced_end:
+                accumulated = 0.0
+                continue
+            accumulated += _polynomial(coefficients, changes[step])
+            compute[step] = accumulated >= threshold
+            if compute[step]:
+                accumulated = 0.0
+    return CachePlan("teacache", tuple(compute))
+
+
+def magcache_plan(
+    ratios: Sequence[float], spans: Sequence[range], *, threshold: float, max_skips: int, retention: float,
+    forced_spans: Sequence[int] = (),
+) -> CachePlan:
+    """Plan from residual ratios per step (``ratios_for``).
+
+    Args:
+        ratios: ``|res_i| / |res_(i-1)|`` per step; those of an expert's first step are not read.
+        spans: steps of each expert.
+        threshold: largest accumulated error; larger skips more.
+        max_skips: most steps reused in a row.
+        retention: share of each expert's steps, from its first, that always compute.
+        forced_spans: experts (by position) whose steps all compute; the published I2V recipe never skips the high one.
+    """
+    if threshold <= 0 or max_skips < 1 or not 0 <= retention < 1:
+        raise ConfigError(f"MagCache wants threshold > 0, max_skips >= 1, 0 <= retention < 1; got {threshold}, "
+                          f"{max_skips}, {retention}")
+    compute = [True] * spans[-1].stop
+    for number, span in enumerate(spans):
+        forced = len(span) if number in forced_spans else max(1, math.ceil(retention * len(span)))
+        ratio, error, skips = 1.0, 0.0, 0
+        for step in span[forced:]:
+            ratio *= ratios[step]
+            error += abs(1 - ratio)
+            skips += 1
+            compute[step] = not (error < threshold and skips <= max_skips)
+            if compute[step]:
+                ratio, error, skips = 1.0, 0.0, 0
+    return CachePlan("magcache", tuple(compute))
+
+
+def taylorseer_plan(spans: Sequence[range], *, interval: int, order: int = 1, num_forced_start: int = 3) -> CachePlan:
+    """Plan that computes every ``interval``-th step of each expert, and its first ``num_forced_start``."""
+    if interval < 2 or order < 0 or num_forced_start < order + 1:
+        raise ConfigError(f"TaylorSeer wants interval >= 2 and at least order + 1 first steps; got interval {interval}"
+                          f", order {order}, first steps {num_forced_start}")
+    compute = [True] * spans[-1].stop
+    for span in spans:
+        for place, step in enumerate(span):
+            compute[step] = place < num_forced_start or (place - num_forced_start + 1) % interval == 0
+    return CachePlan("taylorseer", tuple(compute), order)
+
+
+def ratios_for(table: MagnitudeTable, schedule: SigmaSchedule, reference: SigmaSchedule, boundary: float | None
+               ) -> list[float]:
+    """Carry a table over to another step count of the same shift and boundary.
+
+    The logarithm of the ratios is summed along sigma inside each expert, interpolated, and differenced, so that half
+    the steps see the product of two ratios and the table's own schedule gives the table back.
+
+    Raises:
+        ConfigError: another boundary, or a table measured at another shift (its jumps lie at other sigmas).
+    """
+    if table.boundary != boundary:
+        raise ConfigError(f"the MagCache table is for boundary {table.boundary}, this run switches at {boundary}",
+                          fix="calibrate a table for this setting")
+    result = [math.nan] * schedule.num_steps
+    own, known = expert_spans(schedule, boundary), expert_spans(reference, boundary)
+    if len(own) != len(known):
+        raise ConfigError(f"this run uses {len(own)} experts, the MagCache table {len(known)}")
+    for span, source in zip(own, known, strict=True):
+        levels = [float(reference.sigmas[i]) for i in source]
+        sums = [0.0]
+        for step in source[1:]:
+            sums.append(sums[-1] + math.log(table.ratios[step]))
+        at = [_interpolate(float(schedule.sigmas[i]), levels, sums) for i in span]
+        for place, step in enumerate(span):
+            result[step] = 1.0 if place == 0 else math.exp(at[place] - at[place - 1])
+    return result
+
+
+@torch.no_grad()
+def modulation_changes(modulations: Sequence[Tensor], spans: Sequence[range]) -> list[float]:
+    """Return the relative L1 change of each step's modulation against the step before, inside each expert.
+
+    Args:
+        modulations: [B, 6, D] fp32 of every step, by the expert of that step.
+    """
+    changes = [0.0] * len(modulations)
+    for span in spans:
+        for step in span[1:]:
+            before = modulations[step - 1]
+            changes[step] = float((modulations[step] - before).abs().mean() / before.abs().mean())
+    return changes
+
+
+# ---- in the loop ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Memory:
+    """Finite differences of the residual at the computed steps of one guidance branch."""
+
+    factors: list[Tensor] = field(default_factory=list)
+    last_step: int = -1
+
+
+class StepCache:
+    """Follows a plan inside the denoising loop; one memory per guidance branch, dropped when the expert changes.
+
+    Use: ``begin(step, expert)`` at each step, then pass ``around(branch)`` to the model's ``around_blocks``.
+    """
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan = plan
+        self._step, self._expert = 0, ""
+        self._memory: dict[str, _Memory] = {}
+
+    def begin(self, step: int, expert: str) -> None:
+        """Tell which step comes; a new expert (or a new video) starts with nothing remembered."""
+        if expert != self._expert or step == 0:
+            self._memory.clear()
+        self._step, self._expert = step, expert
+
+    def around(self, branch: str) -> Callable[[Tensor, RunBlocks], Tensor]:
+        """Return what runs instead of the blocks for guidance branch ``branch`` ("cond", "uncond") of this step."""
+
+        def blocks(x: Tensor, run: RunBlocks) -> Tensor:
+            memory = self._memory.setdefault(branch, _Memory())
+            if self.plan.compute[self._step] or not memory.factors:
+                out = run(x)
+                self._remember(memory, out - x)
+                return out
+            return x + self._extrapolate(memory)
+
+        return blocks
+
+    def _remember(self, memory: _Memory, residual: Tensor) -> None:
+        """Update divided differences (Newton's, in step units) up to the plan's order."""
+        gap = self._step - memory.last_step
+        factors = [residual]
+        for older in memory.factors[: self.plan.order]:
+            factors.append((factors[-1] - older) / gap)
+        memory.factors, memory.last_step = factors, self._step
+
+    def _extrapolate(self, memory: _Memory) -> Tensor:
+        """Taylor series around the last computed step."""
+        distance = self._step - memory.last_step
+        total = memory.factors[0]
+        for power, factor in enumerate(memory.factors[1:], 1):
+            total = total + factor * (distance**power / math.factorial(power))
+        return total
+
+
+# ---- calibration ---------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Measures residual ratios during an ordinary run: the table that ``magcache_plan`` reads.
+
+    Use like a ``StepCache``; nothing is skipped. Norms are per token, averaged over tokens and branches.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._expert = 0, ""
+        self._norms: dict[str, Tensor] = {}
+        self.ratios: dict[int, list[float]] = {}
+
+    def begin(self, step: int, expert: str) -> None:
+        """Tell which step comes."""
+        if expert != self._expert or step == 0:
+            self._norms.clear()
+        self._step, self._expert = step, expert
+
+    def around(self, branch: str) -> Callable[[Tensor, RunBlocks], Tensor]:
+        """Return what runs around the blocks of this step: them, and a measurement."""
+
+        def blocks(x: Tensor, run: RunBlocks) -> Tensor:
+            out = run(x)
+            norm = (out - x).float().norm(dim=-1)
+            if branch in self._norms:
+                ratio = (norm / self._norms[branch].clamp_min(1e-12)).mean()
+                self.ratios.setdefault(self._step, []).append(float(ratio))
+            self._norms[branch] = norm
+            return out
+
+        return blocks
+
+    def table(self, schedule: SigmaSchedule, *, shift: float, boundary: float | None) -> MagnitudeTable:
+        """Return the measured table; steps without a predecessor in their expert have 1 (the first) or nan."""
+        means = [sum(v) / len(v) if (v := self.ratios.get(i)) else math.nan for i in range(schedule.num_steps)]
+        return MagnitudeTable(schedule.num_steps, shift, boundary, (1.0, *means[1:]))
+
+
+def write_table(table: MagnitudeTable, path: Path) -> None:
+    """Write a calibrated table as JSON (nan becomes null)."""
+    values = {"num_steps": table.num_steps, "shift": table.shift, "boundary": table.boundary,
+              "ratios": [None if math.isnan(r) else r for r in table.ratios]}
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_table(path: Path) -> MagnitudeTable:
+    """Read what ``write_table`` wrote.
+
+    Raises:
+        ConfigError: the file is missing or is not such a table.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        ratios = tuple(math.nan if r is None else float(r) for r in values["ratios"])
+        table = MagnitudeTable(int(values["num_steps"]), float(values["shift"]), values["boundary"], ratios)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"is not a MagCache table: {error}", where=str(path)) from None
+    if len(ratios) != table.num_steps:
+        raise ConfigError(f"has {len(ratios)} ratios for {table.num_steps} steps", where=str(path))
+    return table
+
+
+def _polynomial(coefficients: Sequence[float], x: float) -> float:
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Piecewise linear over descending ``xs``; outside, the end segments go on."""
+    if len(xs) == 1:
+        return ys[0]
+    place = next((i for i in range(1, len(xs)) if x >= xs[i]), len(xs) - 1)
+    share = (x - xs[place - 1]) / (xs[place] - xs[place - 1])
+    return ys[place - 1] + share * (ys[place] - ys[place - 1])
