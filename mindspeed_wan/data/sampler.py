@@ -111,7 +111,7 @@ class GlobalBatchSampler:
         members = self.buckets[bucket]
         if not self.shuffle:
             return members.tolist()
-        order = _shuffled(len(members), self.seed, epoch, f"order/{bucket}")
+        order = shuffled(len(members), self.seed, epoch, f"order/{bucket}")
         return members[order].tolist()
 
     # ---- between buckets ---------------------------------------------------------------------------------------------
@@ -141,11 +141,11 @@ class GlobalBatchSampler:
         """Return the buckets of an epoch's batches in their order."""
         before, after = self._batches_before(epoch, batch), self._batches_before(epoch + 1, batch)
         turns = [bucket for bucket, (a, b) in enumerate(zip(before, after)) for _ in range(b - a)]
-        order = _shuffled(len(turns), self.seed, epoch, "turns").tolist() if self.shuffle else range(len(turns))
+        order = shuffled(len(turns), self.seed, epoch, "turns").tolist() if self.shuffle else range(len(turns))
         return [turns[i] for i in order]
 
 
-def _shuffled(count: int, seed: int, epoch: int, stream: str) -> torch.Tensor:
+def shuffled(count: int, seed: int, epoch: int, stream: str) -> torch.Tensor:
     """Return a permutation of ``range(count)`` that is the same on every platform and version of torch."""
     draws = randomness.uniform(count, seed=seed, sample_index=epoch, stream=f"data/{stream}")
     return torch.argsort(draws, stable=True)
