@@ -141,7 +141,7 @@ def _make_gloo_average(model: nn.Module, mesh: DeviceMesh) -> float:
         raise ConfigError(
             "hybrid sharding needs averages that gloo lacks in this torch",
             where="fsdp2.sharding_size",
-            fix="use sharding_size auto, or torch 2.9 or newer",
+            fix="use sharding_size auto with use-torch-fsdp2, or a newer torch (2.13 can)",
         )
     group = mesh.get_group()
     averaged = torch.empty(1)

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from mindspeed_wan.parallel.recompute import RecomputePlan
-from tests.distributed.layouts import Fsdp2, Layout, Step, distributed_step, single_rank_step
+from tests.distributed.layouts import (
+    Fsdp2,
+    Layout,
+    Step,
+    distributed_step,
+    single_rank_step,
+    skip_without_hybrid_sharding,
+)
 from tests.helpers.oracle import TINY, Batch, diffusers_model, mm_state_dict, random_batch
 from tests.helpers.spawn import run_ranks
 
@@ -58,6 +65,7 @@ def case() -> tuple[dict[str, torch.Tensor], Batch, Step]:
 def test_layout_equals_one_rank(name: str, case: tuple[dict[str, torch.Tensor], Batch, Step]) -> None:
     weights, batch, expected = case
     world_size, layout = CASES[name]
+    skip_without_hybrid_sharding(layout.dims)
     for step in run_ranks(distributed_step, world_size, layout, CONFIG, (weights, batch, 0.0)):
         assert_same_step(step, expected, batch)
 

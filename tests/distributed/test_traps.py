@@ -18,7 +18,7 @@ from mindspeed_wan.parallel.groups import build_groups, destroy
 from mindspeed_wan.parallel.mappings import copy_to_group, sum_over_group
 from mindspeed_wan.parallel.ulysses import UlyssesAttention
 from mindspeed_wan.platforms import get_platform
-from tests.distributed.layouts import Fsdp2, fill, gathered_grads, local_loss
+from tests.distributed.layouts import Fsdp2, fill, gathered_grads, local_loss, skip_without_hybrid_sharding
 from tests.helpers.oracle import TINY, Batch, diffusers_model, mm_state_dict, random_batch
 from tests.helpers.spawn import run_ranks
 
@@ -42,11 +42,17 @@ def test_t1_the_gradient_of_a_non_contiguous_tensor_is_reduced() -> None:
         assert torch.equal(summed, expected)
 
 
+def _forget_forced_sums() -> None:
+    """Make this process's torch as old as 2.7, which cannot force sums."""
+    if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        del FSDPModule.set_force_sum_reduction_for_comms
+
+
 def _fsdp_gradients(
     rank: int, world_size: int, weights: dict[str, torch.Tensor], batch: Batch, old_torch: bool, shard: int | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    if old_torch and hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        del FSDPModule.set_force_sum_reduction_for_comms
+    if old_torch:
+        _forget_forced_sums()
     platform = get_platform("cpu")
     groups = build_groups(ParallelDims(world_size=world_size, shard=shard), platform)
     model = build_wan(TINY, groups=groups, platform=platform, fsdp2=Fsdp2())
@@ -75,8 +81,7 @@ def test_t2_gloo_averages(case: tuple[dict[str, torch.Tensor], Batch], old_torch
 
 
 def _hybrid_sharding_without_averages(rank: int, world_size: int) -> None:
-    if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        del FSDPModule.set_force_sum_reduction_for_comms
+    _forget_forced_sums()
     platform = get_platform("cpu")
     groups = build_groups(ParallelDims(world_size=world_size, shard=1), platform)
     with pytest.raises(ConfigError, match="hybrid sharding needs averages"):
@@ -148,6 +153,7 @@ def _whole_attention(rank: int, world_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shard", [1, 2])
 def test_t7_replicas_are_counted_once_in_the_norm(case: tuple[dict[str, torch.Tensor], Batch], shard: int) -> None:
+    skip_without_hybrid_sharding({"shard": shard})
     alone_norm, _ = run_ranks(_fsdp_gradients, 1, *case, False, None)[0]
     for norm, _ in run_ranks(_fsdp_gradients, 4, *case, False, shard):
         assert norm == pytest.approx(alone_norm, rel=1e-5)
