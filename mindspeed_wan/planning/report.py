@@ -71,7 +71,8 @@ def _columns(parts: Mapping[str, float], unit: float, name: str) -> list[str]:
 
 def scaling_table(rows: Sequence[ScalingRow]) -> list[str]:
     """Return one line per number of devices."""
-    lines = [f"  {'devices':>7}  {'batch':>6}  {'s/step':>7}  {'clips/s':>9}  {'MFU':>5}  {'efficiency':>10}  {'GiB':>6}"]
+    head = ("devices", 7), ("batch", 6), ("s/step", 7), ("clips/s", 9), ("MFU", 4), ("efficiency", 10), ("GiB", 6)
+    lines = ["  " + "  ".join(f"{name:>{width}}" for name, width in head)]
     lines += [f"  {r.devices:7d}  {r.global_batch:6d}  {r.step_seconds:7.2f}  {r.clips_per_second:9.3f}  {r.mfu:4.0%}"
               f"  {r.efficiency:10.1%}  {r.memory / GIB:6.1f}" for r in rows]
     return lines

@@ -74,6 +74,8 @@ export MINDSPEED_WAN_DEVICE=$DEVICE
 case $DEVICE in cpu) DEVICES=1 WORKERS=2 PRECISION=${PRECISION:-fp32} ;; *) DEVICES=8 WORKERS=8 ;; esac
 [[ $KIND == inference ]] && DEVICES=1
 NPROC_PER_NODE=${NPROC_PER_NODE:-${NPUS_PER_NODE:-$DEVICES}}
+# shellcheck source=cluster.sh
+source "$COMMON/cluster.sh"
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
@@ -108,8 +110,8 @@ LAUNCHER=(
     --max-restarts "$MAX_RESTARTS" --grace-seconds "${GRACE_SECONDS:-600}"
     --hang-timeout-minutes "${HANG_TIMEOUT_MINUTES:-60}"
 )
-if [[ -n ${SAVE_PATH:-} ]] && ! has_flag --dry-run "$@" && ! has_flag --help "$@"; then
-    LAUNCHER+=(--log-file "$SAVE_PATH/logs/${KIND}_$(date +%Y%m%d_%H%M%S)_node$NODE_RANK.log")
+if [[ -n ${LOG_FOLDER:-}${SAVE_PATH:-} ]] && ! has_flag --dry-run "$@" && ! has_flag --help "$@"; then
+    LAUNCHER+=(--log-file "${LOG_FOLDER:-$SAVE_PATH/logs}/${KIND}_$(date +%Y%m%d_%H%M%S)_node$NODE_RANK.log")
 fi
 
 # `exec`: signals reach the launcher itself, which passes them on and waits for the save. It also writes the log, so

@@ -1,0 +1,87 @@
+"""An sbatch script: one launcher per node, requeued when it stopped after saving."""
+
+from __future__ import annotations
+
+import shlex
+
+from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_REQUEUE
+from mindspeed_wan.planning.cluster.environment import node_environment
+from mindspeed_wan.planning.cluster.spec import ClusterSpec
+
+_GRES = {"npu": "npu", "cuda": "gpu"}
+
+
+def sbatch(spec: ClusterSpec) -> str:
+    """Return the script."""
+    return "\n".join([
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {option}" for option in _options(spec)),
+        "# Rendered by `mindspeed-wan cluster render --target slurm`: change the description, not this file.",
+        f"# The folder {spec.host_path(spec.logs)} must exist before the job is submitted.",
+        "set -uo pipefail",
+        "",
+        *_exports(spec),
+        'NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "export MASTER_ADDR=${NODES%%$'\\n'*}",
+        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "",
+        "# One launcher per node. Slurm's warning reaches every rank, which saves and stops.",
+        f"{_srun(spec)} &",
+        "STEP=$!",
+        "trap 'kill -USR1 \"$STEP\"' USR1",
+        "trap 'kill -TERM \"$STEP\"' TERM",
+        "while :; do",
+        '    wait "$STEP"',
+        "    CODE=$?",
+        '    kill -0 "$STEP" 2>/dev/null || break # a signal ended the wait, not the step',
+        "done",
+        "",
+        f"if [[ $CODE == {EXIT_REQUEUE} || $CODE == {EXIT_DISTRIBUTED} ]] &&",
+        f"    ((${{SLURM_RESTART_COUNT:-0}} < {spec.requeue.limit})); then",
+        '    echo "exit code $CODE: queued again (restart ${SLURM_RESTART_COUNT:-0})"',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        "exit $CODE",
+        "",
+    ])  # fmt: skip
+
+
+def _options(spec: ClusterSpec) -> list[str]:
+    slurm, resources = spec.slurm, spec.resources
+    options = [
+        f"--job-name={spec.name}",
+        f"--nodes={spec.nodes}",
+        "--ntasks-per-node=1",
+        "--exclusive",
+        f"--output={spec.host_path(spec.logs)}/%x-%j.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{spec.requeue.grace_seconds + 60}",
+    ]
+    gres = slurm.gres or (f"{_GRES[spec.device]}:{spec.devices_per_node}" if spec.device in _GRES else None)
+    for name, value in (("gres", gres), ("partition", slurm.partition), ("account", slurm.account), ("qos", slurm.qos),
+                        ("time", spec.time_limit), ("cpus-per-task", resources.cpus),
+                        ("mem", f"{resources.memory_gib}G" if resources.memory_gib else None)):
+        if value is not None:
+            options.append(f"--{name}={value}")
+    return options
+
+
+def _exports(spec: ClusterSpec) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in node_environment(spec).items()]
+
+
+def _srun(spec: ClusterSpec) -> str:
+    words = ["srun", "--nodes", str(spec.nodes), "--ntasks-per-node", "1", "--kill-on-bad-exit=0",
+             "--output", f"{spec.host_path(spec.logs)}/%x-%j-node%n.log", "--open-mode", "append"]
+    command = ["bash", f"{spec.workdir}/{spec.script}", *spec.arguments]
+    if spec.container is not None and spec.slurm.containers == "pyxis":
+        words += ["--container-image", spec.container.image, "--container-workdir", spec.workdir]
+        mounts = ",".join(f"{m.source}:{m.target}{':ro' if m.read_only else ''}" for m in spec.mounts if m.source)
+        words += ["--container-mounts", mounts] if mounts else []
+    elif spec.container is not None:
+        binds = [word for m in spec.mounts if m.source
+                 for word in ("--bind", f"{m.source}:{m.target}{':ro' if m.read_only else ''}")]
+        gpus = ["--nv"] if spec.device == "cuda" else []
+        command = ["apptainer", "exec", *gpus, *binds, "--pwd", spec.workdir, spec.container.image, *command]
+    return shlex.join([*words, *command])

@@ -1,0 +1,243 @@
+"""A cluster job in one file: nodes, devices, layout, container, mounts, script, environment.
+
+Every mistake is reported with its line. The layout is checked by ``ParallelDims``, so a job that would be refused on
+the cluster is refused before it is queued.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mindspeed_wan.config.base import Device, Section
+from mindspeed_wan.config.documents import Document, read_document
+from mindspeed_wan.config.load import config_errors
+from mindspeed_wan.config.validate import validate
+from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.parallel.dims import ParallelDims
+
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+
+
+class Layout(Section):
+    """How the model spreads over the ranks."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Tensor parallel degree."""
+    sequence_parallel: bool = False
+    """Split tokens over the tensor ranks between matrix products."""
+    context: int = Field(default=1, ge=1)
+    """Context parallel degree."""
+    ulysses: int | None = Field(default=None, ge=1)
+    """Ulysses part of it; null: all. The rest is a ring."""
+    fsdp2: bool = True
+    """Shard parameters with the launch script's FSDP2 file."""
+    micro_batch: int = Field(default=1, ge=1)
+    """Clips per pass and data rank."""
+    accumulation: int = Field(default=1, ge=1)
+    """Passes per optimizer step."""
+
+
+class Mount(Section):
+    """One folder of the cluster inside the job."""
+
+    target: str = Field(pattern=r"^/")
+    """Where the job sees it."""
+    source: str | None = Field(default=None, pattern=r"^/")
+    """Folder of the node (shared file system)."""
+    claim: str | None = None
+    """Or: a PersistentVolumeClaim (Kubernetes)."""
+    read_only: bool = False
+    """Do not let the job write."""
+
+
+class Container(Section):
+    """The image of the job; without one, Slurm runs on the node itself."""
+
+    image: str
+    """Image and tag."""
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When Kubernetes pulls it."""
+    shared_memory_gib: int = Field(default=64, ge=1)
+    """Size of /dev/shm for the data loaders."""
+    host_network: bool = True
+    """Use the node's network: HCCL and NCCL reach their adapters."""
+
+
+class Network(Section):
+    """Which adapters collectives use."""
+
+    interface: str | None = None
+    """Name of the adapter for start-up and gloo (HCCL_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."""
+    infiniband: str | None = None
+    """NCCL_IB_HCA, such as mlx5."""
+
+
+class Requeue(Section):
+    """What happens when the job stops after saving (exit code 75) or loses a rank (6)."""
+
+    limit: int = Field(default=20, ge=0)
+    """How often it starts again."""
+    grace_seconds: int = Field(default=600, ge=30)
+    """Time to save after the scheduler's signal."""
+
+
+class Slurm(Section):
+    """What only Slurm reads."""
+
+    partition: str | None = None
+    """--partition."""
+    account: str | None = None
+    """--account."""
+    qos: str | None = None
+    """--qos."""
+    gres: str | None = None
+    """--gres per node; null: npu:N or gpu:N."""
+    containers: Literal["pyxis", "apptainer"] = "pyxis"
+    """How a container starts."""
+
+
+class Kubernetes(Section):
+    """What Kubeflow, Volcano and MindCluster read."""
+
+    namespace: str = "default"
+    """Namespace."""
+    queue: str | None = None
+    """Volcano queue."""
+    resource: str | None = None
+    """Device resource; null: huawei.com/Ascend910 or nvidia.com/gpu."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes to use."""
+    priority_class: str | None = None
+    """PriorityClass."""
+    user: int = Field(default=1000, ge=1)
+    """User id inside the container; not root."""
+    driver_mounts: bool = True
+    """Mount Ascend's driver and npu-smi from the node (device npu)."""
+
+
+class ModelArts(Section):
+    """What ModelArts reads."""
+
+    flavor: str
+    """Flavor id of a node."""
+    pool: str | None = None
+    """Dedicated resource pool."""
+    workspace: str = "0"
+    """Workspace id."""
+    log_url: str = Field(pattern=r"^obs://|^/")
+    """OBS folder for logs."""
+
+
+class Resources(Section):
+    """Host side of a node."""
+
+    cpus: int | None = Field(default=None, ge=1)
+    """Cores of the job on a node; null leaves it to the scheduler."""
+    memory_gib: int | None = Field(default=None, ge=1)
+    """Host memory of the job on a node."""
+
+
+class ClusterSpec(Section):
+    """A job on a cluster."""
+
+    name: str
+    """Lower-case letters, digits and dashes, at most 40."""
+    nodes: int = Field(ge=1)
+    """Machines."""
+    devices_per_node: int = Field(ge=1)
+    """Ranks on each."""
+    device: Device
+    """npu, cuda or cpu."""
+    script: str = "examples/wan2.2/A14B/t2v/pretrain_high.sh"
+    """Launch script, relative to workdir."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further flags of the script."""
+    workdir: str = Field(default="/workspace/mindspeed-wan", pattern=r"^/")
+    """Checkout of this repository as the job sees it."""
+    logs: str = Field(default="/workspace/logs", pattern=r"^/")
+    """Folder for the nodes' logs, on a shared file system."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables of the launch script (LOAD_PATH, SAVE_PATH, LR ...); they win over what is rendered."""
+    time_limit: str | None = None
+    """[DAYS-]HOURS:MINUTES:SECONDS."""
+    layout: Layout = Layout()
+    """Parallel degrees."""
+    container: Container | None = None
+    """Image."""
+    mounts: list[Mount] = Field(default_factory=list)
+    """Folders."""
+    network: Network = Network()
+    """Adapters."""
+    resources: Resources = Resources()
+    """Host resources."""
+    requeue: Requeue = Requeue()
+    """Starting again."""
+    slurm: Slurm = Slurm()
+    """Slurm only."""
+    kubernetes: Kubernetes = Kubernetes()
+    """Kubernetes only."""
+    modelarts: ModelArts | None = None
+    """ModelArts only."""
+
+    @property
+    def dims(self) -> ParallelDims:
+        """The layout on all ranks of the job."""
+        layout = self.layout
+        return ParallelDims(world_size=self.nodes * self.devices_per_node, tensor=layout.tensor,
+                            sequence_parallel=layout.sequence_parallel, context=layout.context, ulysses=layout.ulysses,
+                            shard=None if layout.fsdp2 else 1)
+
+    def host_path(self, path: str) -> str:
+        """Return where the node has a path of the job, for what runs outside the container."""
+        if self.container is None:
+            return path
+        for mount in sorted(self.mounts, key=lambda mount: -len(mount.target)):
+            target = mount.target.rstrip("/")
+            if mount.source is not None and (path == target or path.startswith(f"{target}/")):
+                return mount.source.rstrip("/") + path[len(target):]
+        return path
+
+
+def read_spec(path: str | Path) -> ClusterSpec:
+    """Read and check a description.
+
+    Raises:
+        ConfigError: every mistake of the file, each with ``file:line``.
+    """
+    document = read_document(path)
+    spec, errors = validate(ClusterSpec, document, {})
+    if spec is not None:
+        errors = _rules(spec, document)
+    if errors or spec is None:
+        raise config_errors(errors)
+    return spec
+
+
+def _rules(spec: ClusterSpec, document: Document) -> list[ConfigError]:
+    """Return what is wrong across keys."""
+    found = []
+    if not _NAME.fullmatch(spec.name):
+        found.append(ConfigError(f"name '{spec.name}' is not a job name", where=document.where(("name",)),
+                                 fix="use lower-case letters, digits and dashes, at most 40, a letter first"))
+    if spec.time_limit is not None and not _TIME.fullmatch(spec.time_limit):
+        found.append(ConfigError(f"time_limit '{spec.time_limit}' is not [DAYS-]HOURS:MINUTES:SECONDS",
+                                 where=document.where(("time_limit",)), fix="for example 24:00:00, in quotes"))
+    for name in spec.env:
+        if not _VARIABLE.fullmatch(name):
+            found.append(ConfigError(f"'{name}' is not a variable name", where=document.where(("env", name))))
+    for i, mount in enumerate(spec.mounts):
+        if (mount.source is None) == (mount.claim is None):
+            found.append(ConfigError("give either source or claim", where=document.where(("mounts", i))))
+    try:
+        model = WanConfig()  # every A14B and 14B expert has these heads and channels
+        spec.dims.validate(num_heads=model.num_heads, ffn_dim=model.ffn_dim)
+    except ConfigError as error:
+        found.append(ConfigError(error.message, where=document.where(("layout",)), fix=error.fix))
+    return found
