@@ -27,6 +27,9 @@ _PIPELINES = {"WanPipeline": "t2v", "WanImageToVideoPipeline": "i2v"}
 _VIDEOX_CLASS = "Wan2_2Transformer3DModel"
 """The class name in the ``config.json`` of Fun-A14B weights; Wan-AI's own files say ``WanModel``."""
 
+_CHECKPOINT_FOLDERS = (("high", "low"), ("transformer", "transformer_2"))
+"""Names under which checkpoints of the two experts lie side by side; ``mm-convert`` writes the second pair."""
+
 _SAMPLED = ("head.head.weight", "blocks.0.modulation", "patch_embedding.weight")
 """Tensors whose equality shows that two experts are the same file: small, and trained apart."""
 
@@ -117,8 +120,9 @@ def _read_folder(root: Path) -> _Parts:
         return _read_original(root, {"low": root / "transformer", "high": root / "transformer_2"})
     if (root / "config.json").is_file() and (root / original_names.TEXT_FILE).exists():
         return _read_original(root, {"high": root})
-    if (root / "high").is_dir() or (root / "low").is_dir():
-        return _Parts(experts=_both(root, {"high": root / "high", "low": root / "low"}), **_encoders_beside(root))
+    for high, low in _CHECKPOINT_FOLDERS:
+        if (root / high).is_dir() or (root / low).is_dir():
+            return _Parts(experts=_both(root, {"high": root / high, "low": root / low}), **_encoders_beside(root))
     inside = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"is no Wan weights folder; it holds {inside}", where=str(root),
