@@ -103,6 +103,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     Under the launcher (``mindspeed_wan.cli.launch``) the message goes to ``TORCHELASTIC_ERROR_FILE`` and the
     launcher prints it once for all ranks. ``MINDSPEED_WAN_TRACEBACK=1`` shows the traceback as well.
     """
+    # No command asks a server for anything unless the user says HF_HUB_OFFLINE=0.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         code = main() or EXIT_OK
     except WanError as error:

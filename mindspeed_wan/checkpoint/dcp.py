@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,7 +54,11 @@ class OptimizerState(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run has come. ``iteration`` counts from the first start, ``skipped`` the updates left out."""
+    """How far a run has come. ``iteration`` counts from the first start, ``skipped`` the updates left out.
+
+    ``bad_steps`` in a row were left out just now; ``loss_average`` (exponential, not yet bias-corrected) and
+    ``loss_count`` are what a spike of the loss is measured against.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -63,6 +67,9 @@ class Progress:
     ema_updates: int = 0
     seed: int = 0
     global_batch_size: int = 0
+    bad_steps: int = 0
+    loss_count: int = 0
+    loss_average: float = 0.0
 
 
 # ---- what is saved -------------------------------------------------------------------------------------------
@@ -101,11 +108,15 @@ def state_views(views: Mapping[str, Tensor], optimizer: OptimizerState, *, with_
 
 @dataclass(frozen=True)
 class Record:
-    """What is written beside the tensors: ``training.json``, ``wan.json``; and how many iterations to keep."""
+    """What is written beside the tensors: ``training.json``, ``wan.json``; and how many iterations to keep.
+
+    ``attach`` writes further files into the folder on rank 0, before it is sealed.
+    """
 
     progress: Progress
     card: Mapping[str, Any]
     keep_last: int | None = None
+    attach: Callable[[Path], None] | None = None
 
 
 def save(root: str | Path, state: Mapping[str, Tensor], record: Record) -> Path:
@@ -198,6 +209,8 @@ def gather_records(records: dict[str, manifest.FileRecord]) -> dict[str, manifes
 def commit(staging: Path, final: Path, records: Mapping[str, manifest.FileRecord], record: Record) -> None:
     """Seal the staging folder, put it in place, move the tracker, remove what is too old. Rank 0."""
     manifest.write_text_atomic(staging / MODEL_CARD, json.dumps(record.card, indent=2) + "\n")
+    if record.attach is not None:
+        record.attach(staging)
     manifest.write_text_atomic(staging / PROGRESS_FILE, json.dumps(asdict(record.progress), indent=2) + "\n")
     manifest.write_manifest(staging, {"iteration": record.progress.iteration}, known=records)
     manifest.commit_folder(staging, final)
@@ -269,8 +282,8 @@ def read_progress(folder: Path) -> Progress:
     path = folder / PROGRESS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(Progress)}
-        return Progress(**{key: int(value) for key, value in values.items() if key in known})
+        kinds = {field.name: type(field.default) for field in fields(Progress)}
+        return Progress(**{key: kinds[key](value) for key, value in values.items() if key in kinds})
     except FileNotFoundError:
         raise CheckpointError("the checkpoint says nothing about how far its run had come", where=str(path),
                               fix="pass --finetune to take only its weights and start at iteration 0") from None

@@ -109,6 +109,11 @@ PRECISION = _group(
     ("--deterministic-mode", "switch", "training.deterministic", "Megatron's name for --deterministic"),
     ("--use-deter-comp", "switch", "training.deterministic", "MindSpeed-MM's name for --deterministic"),
     ("--npu-deterministic", "switch", "training.deterministic", "MindSpeed's name for --deterministic"),
+    Flag("--bad-step-policy", "text", "training.bad_step_policy", "after NaN, Inf or a spike of the loss", own=True,
+         choices=("stop", "skip", "rollback")),
+    Flag("--max-bad-steps", "int", "training.max_bad_steps", "so many bad steps in a row end the run", own=True),
+    Flag("--loss-spike-factor", "float", "training.loss_spike_factor",
+         "a loss above this many times its moving average is a bad step", own=True),
     Flag("--ema-decay", "float", "training.ema_decay", "keep a moving average of the weights", own=True),
 )  # fmt: skip
 
@@ -167,6 +172,8 @@ LORA = _group(
     ("--lora-target-modules", "texts", "extra.lora_target_modules", "modules that get adapters; commas or spaces"),
     ("--load-base-model", "text", "checkpoint.load_base_model", "base weights, when --load holds an adapter"),
     Flag("--lora-rslora", "switch", "lora.rslora", "scale by alpha / sqrt(r)", own=True),
+    Flag("--lora-format", "text", "lora.format", "format of the adapter file beside each save", own=True,
+         choices=("diffusers", "kohya", "kohya2", "comfy", "diffsynth", "lightx2v", "mm")),
     Flag("--lora-rank-pattern", "texts", "extra.lora_rank_pattern", "other ranks for some modules: ffn.0=64", own=True),
 )
 

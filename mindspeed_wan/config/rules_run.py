@@ -175,24 +175,31 @@ def exits_can_save(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     return []
 
 
+def rollback_has_a_place(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Going back needs whole checkpoints to go back to."""
+    checkpoint = config.checkpoint
+    if config.training.bad_step_policy != "rollback":
+        return []
+    if not (checkpoint.save and checkpoint.save_interval):
+        return mistake("--bad-step-policy rollback needs --save and --save-interval", "add them, or use skip")
+    if checkpoint.no_save_optim:
+        return mistake("--bad-step-policy rollback needs the optimizer state", "leave --no-save-optim out, or use skip")
+    return []
+
+
 def start_is_said(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     """Weights come from somewhere (--save too, when it holds a checkpoint), or random ones are asked for."""
     checkpoint = config.checkpoint
     can_resume = checkpoint.save is not None and not checkpoint.finetune and (Path(checkpoint.save) / TRACKER).is_file()
     if not (checkpoint.load or checkpoint.load_base_model or checkpoint.from_scratch or can_resume):
         return mistake("no weights to start from", "add --load DIR, or --from-scratch to start from random weights")
+    if checkpoint.load and not checkpoint.load_base_model and checkpoint.from_scratch and config.lora is not None:
+        return mistake("--load and --from-scratch both say where the base weights come from", "keep one of them")
     if checkpoint.load_base_model and checkpoint.from_scratch:
         return mistake("--load-base-model and --from-scratch contradict each other", "keep one of them")
     if checkpoint.ckpt_step is not None and not checkpoint.load:
         return mistake("--ckpt-step without --load", "add --load, or leave --ckpt-step out")
     return []
-
-
-def adapters_are_refused(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """Training does not read the lora section yet; without this rule all weights would be trained instead."""
-    if config.lora is None:
-        return []
-    return mistake("LoRA training is not available yet", "leave the --lora-* flags out to train all weights")
 
 
 def base_model_needs_lora(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -217,8 +224,8 @@ RULES: tuple[RuleRow, ...] = (
     (recompute_fits, frozenset({"training", "model"})),
     (saves_have_a_place, frozenset({"checkpoint"})),
     (exits_can_save, frozenset({"checkpoint", "training"})),
+    (rollback_has_a_place, frozenset({"checkpoint", "training"})),
     (start_is_said, frozenset({"checkpoint"})),
-    (adapters_are_refused, frozenset({"lora"})),
     (base_model_needs_lora, frozenset({"checkpoint", "lora"})),
 )
 """Every rule of this file, with the sections it reads."""

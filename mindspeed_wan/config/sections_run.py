@@ -134,6 +134,13 @@ class TrainingSection(Section):
     """Data loader processes per rank; the batches do not depend on it."""
     deterministic: bool = False
     """Use deterministic kernels only; the same job gives the same bits."""
+    bad_step_policy: Literal["stop", "skip", "rollback"] = "stop"
+    """After a loss or gradient that is no number, or a spike: stop; leave the step out; also undo the updates since
+    the last save."""
+    max_bad_steps: int = Field(default=5, ge=1)
+    """Bad steps in a row that end the run, whatever the policy."""
+    loss_spike_factor: float | None = Field(default=None, gt=1)
+    """A loss above this many times its moving average is a bad step; None does not look for spikes."""
     device: Device | None = None
     """Asked-for device; None takes npu, cuda, cpu in that order."""
     dry_run: bool = False
@@ -225,8 +232,10 @@ class LoraSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the A matrix."""
     target_modules: tuple[str, ...] = ("proj_q", "proj_k", "proj_v", "proj_out", "ffn.0", "ffn.2")
-    """Names (last parts of a module path) that get an adapter."""
+    """Linear layers that get an adapter, by MindSpeed-MM's, DiffSynth's or Diffusers' names, matched exactly."""
     rslora: bool = False
     """Rank-stabilised scaling."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Rank of single modules or name endings, instead of r."""
+    format: Literal["diffusers", "peft", "kohya", "kohya2", "comfy", "diffsynth", "lightx2v", "mm"] = "diffusers"
+    """Format of the adapter file that every save writes."""

@@ -13,6 +13,7 @@ from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.platforms.rank import beat
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.encoders import Features
+from mindspeed_wan.training.guard import BadStepError, Guard
 from mindspeed_wan.training.lr_schedule import Schedule
 from mindspeed_wan.training.metrics import IterationReport, MetricsWriter, Throughput, log_line
 from mindspeed_wan.training.optimizer import AdamW
@@ -39,6 +40,7 @@ class Run:
     features: Iterator[Features]
     source: BatchSource
     rates: Throughput
+    guard: Guard
     first_rank: bool
     ema: Ema | None = None
     saver: Saver | None = None
@@ -51,7 +53,7 @@ def train(run: Run) -> None:
 
     Raises:
         StopRequested: after saving, when a signal, the time limit or ``--exit-interval`` ended the run early.
-        NumericsError: the loss or gradient is not finite.
+        NumericsError: a loss or gradient was refused and ``--bad-step-policy`` is to stop, or too many in a row.
     """
     total = run.config.training.train_iters
     with StopRequest(run.config.training.exit_duration_minutes) as stop:
@@ -75,11 +77,19 @@ def _iteration(run: Run, stop: StopRequest) -> tuple[IterationReport, bool]:
     progress, started, waited = run.progress, time.perf_counter(), run.source.waited
     rate = run.schedule.learning_rate(progress.consumed_samples)
     accumulated = run.step.accumulate(run.features, stop=stop.wanted)
-    norm = run.step.update(run.optimizer, accumulated, iteration=progress.iteration + 1, learning_rate=rate,
-                           weight_decay=run.schedule.weight_decay(progress.consumed_samples))
+    try:
+        norm = run.step.update(run.optimizer, accumulated, iteration=progress.iteration + 1, learning_rate=rate,
+                               weight_decay=run.schedule.weight_decay(progress.consumed_samples),
+                               loss_limit=run.guard.limit(progress))
+        run.guard.accepted(accumulated.loss, progress)
+        skipped = False
+        if run.ema is not None:
+            run.ema.update(run.optimizer.masters())
+    except BadStepError as bad:
+        norm, skipped = bad.norm, True
+        _leave_out(run, bad)
     beat(progress.iteration + 1)
     if run.ema is not None:
-        run.ema.update(run.optimizer.masters())
         progress.ema_updates = run.ema.updates
     progress.iteration += 1
     progress.consumed_samples += run.rates.global_batch_size
@@ -87,9 +97,20 @@ def _iteration(run: Run, stop: StopRequest) -> tuple[IterationReport, bool]:
     report = IterationReport(
         iteration=progress.iteration, consumed_samples=progress.consumed_samples, loss=accumulated.loss,
         grad_norm=norm, lr=rate, sigma=accumulated.sigma, seconds=time.perf_counter() - started,
-        data_seconds=run.source.waited - waited,
+        data_seconds=run.source.waited - waited, skipped=skipped,
     )
     return report, accumulated.stop
+
+
+def _leave_out(run: Run, bad: BadStepError) -> None:
+    """Drop the step's gradients; the data position goes on. Going back undoes the updates since the last save, too."""
+    run.guard.refused(bad, run.progress)
+    run.optimizer.zero_grad()
+    told = f"warning: {bad.problem}: the step is left out"
+    if run.guard.policy == "rollback" and run.saver is not None:
+        told += f", the weights go back to those of iteration {run.saver.roll_back()}"
+    if run.first_rank:
+        print(f" {told}", flush=True)
 
 
 class _Meter:
@@ -107,13 +128,16 @@ class _Meter:
         self._reports.append(report)
         if report.iteration % run.config.logging.log_interval and report.iteration < run.config.training.train_iters:
             return
-        mean = IterationReport(**{**vars(report), **self._means("loss", "seconds", "data_seconds", "sigma")})
+        means = self._means(self._reports, "seconds", "data_seconds", "sigma")
+        means.update(self._means([r for r in self._reports if not r.skipped] or self._reports, "loss"))
+        mean = IterationReport(**{**vars(report), **means})
         print(log_line(mean, run.config.training.train_iters, run.rates, skipped=run.progress.skipped,
                        peak_memory=run.platform.peak_memory_bytes()), flush=True)
         self._reports.clear()
 
-    def _means(self, *names: str) -> dict[str, float]:
-        return {name: sum(getattr(r, name) for r in self._reports) / len(self._reports) for name in names}
+    @staticmethod
+    def _means(reports: list[IterationReport], *names: str) -> dict[str, float]:
+        return {name: sum(getattr(r, name) for r in reports) / len(reports) for name in names}
 
 
 def _due(interval: int | None, run: Run) -> bool:

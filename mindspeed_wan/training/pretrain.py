@@ -66,6 +66,8 @@ def _train(config: RunConfig, platform: Platform) -> int:
     finally:
         if run.writer is not None:
             run.writer.close()
+        if run.saver is not None:
+            run.saver.close()
     barrier()
     destroy()
     return EXIT_OK

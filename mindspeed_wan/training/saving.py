@@ -13,8 +13,10 @@ from torch import Tensor
 from mindspeed_wan.checkpoint import dcp
 from mindspeed_wan.checkpoint.background import BackgroundSave, background_group
 from mindspeed_wan.checkpoint.dcp import Progress, Record
+from mindspeed_wan.checkpoint.lock import FolderLock
 from mindspeed_wan.config.schema import CheckpointSection
-from mindspeed_wan.parallel.agreement import is_first
+from mindspeed_wan.errors import NumericsError
+from mindspeed_wan.parallel.agreement import first_decides, is_first
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.optimizer import AdamW
 
@@ -28,13 +30,15 @@ class Saver:
         optimizer: masters and moments.
         ema: the average, if there is one.
         card: content of ``wan.json``.
+        lock: the folder's, held by rank 0.
     """
 
     def __init__(self, section: CheckpointSection, views: Mapping[str, Tensor], optimizer: AdamW, ema: Ema | None,
-                 card: Mapping[str, Any]) -> None:
+                 card: Mapping[str, Any], lock: FolderLock) -> None:
         assert section.save is not None
         self.root = Path(section.save)
         self._section, self._views, self._optimizer, self._ema, self._card = section, views, optimizer, ema, card
+        self._lock = lock
         self._group = background_group() if section.async_save else None
         self._pending: BackgroundSave | None = None
         self._saved: int | None = None
@@ -63,8 +67,29 @@ class Saver:
 
     def poll(self) -> None:
         """Commit a background save that every rank has finished writing; cheap when there is none."""
+        self._lock.touch()
         if self._pending is not None and self._pending.done_everywhere():
             self._finish_pending()
+
+    def roll_back(self) -> int:
+        """Take weights, moments and average back to the newest save and return its iteration.
+
+        Raises:
+            NumericsError: nothing has been saved yet.
+        """
+        self._finish_pending()
+        found = first_decides(lambda: dcp.newest(self.root, warn=_announce_damage))
+        if found is None or found.iteration is None:
+            raise NumericsError("there is no checkpoint to go back to", where=str(self.root),
+                                fix="lower --save-interval, or use --bad-step-policy skip")
+        progress = dcp.load(found, self._views, self._optimizer, ema=None if self._ema is None else self._ema.averages)
+        if self._ema is not None:
+            self._ema.updates = progress.ema_updates
+        return found.iteration
+
+    def close(self) -> None:
+        """Let other jobs write the folder."""
+        self._lock.release()
 
     def _finish_pending(self) -> None:
         if self._pending is None:
@@ -72,6 +97,10 @@ class Saver:
         started = time.perf_counter()
         folder, self._pending = self._pending.finish(), None
         _announce(folder, time.perf_counter() - started)
+
+
+def _announce_damage(text: str) -> None:
+    print(f" {text}", flush=True)
 
 
 def _announce(folder: Path, seconds: float) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_wan.checkpoint.lock import FolderLock
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.flops import latent_shape, training_flops
@@ -26,6 +27,7 @@ from mindspeed_wan.parallel.recompute import RecomputePlan
 from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.encoders import Encoders
+from mindspeed_wan.training.guard import Guard
 from mindspeed_wan.training.loop import Run
 from mindspeed_wan.training.lr_schedule import Schedule
 from mindspeed_wan.training.metrics import MetricsWriter, Throughput, write_provenance
@@ -49,6 +51,9 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
                           timeout_minutes=config.parallel.distributed_timeout_minutes)
     if config.training.deterministic:
         make_deterministic()
+    lock = FolderLock(config.checkpoint.save) if config.checkpoint.save is not None else None
+    if lock is not None:
+        first_decides(lock.acquire)
     wan = WanConfig.from_dict(config.model.wan.to_dict())
     model = build_model(config, wan, groups, platform)
     views = global_views(model, groups)
@@ -72,12 +77,13 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
         features=encoders.stream(source),
         source=source,
         rates=throughput(config, wan, world_size, platform),
+        guard=Guard(config.training),
         first_rank=is_first(),
         ema=ema,
         evaluate=Validation(config, step, source, encoders) if evaluates else None,
     )
-    if config.checkpoint.save is not None:
-        _open_save_folder(run, views, model_card(config, wan))
+    if lock is not None:
+        _open_save_folder(run, views, model_card(config, wan), lock)
     return run
 
 
@@ -147,11 +153,11 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object]) -> None:
+def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object], lock: FolderLock) -> None:
     """Write what produced the run and open its metrics on rank 0; an unwritable folder fails on every rank."""
     section = run.config.checkpoint
     save = str(section.save)
-    run.saver = Saver(section, views, run.optimizer, run.ema, card)
+    run.saver = Saver(section, views, run.optimizer, run.ema, card, lock)
     first_decides(lambda: write_provenance(save, run.config.resolved()))
     if run.first_rank:
         run.writer = MetricsWriter(save, start=run.progress.iteration,

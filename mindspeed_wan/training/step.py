@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mindspeed_wan.errors import NumericsError
 from mindspeed_wan.parallel.grads import finish_grads
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.training.encoders import Features
+from mindspeed_wan.training.guard import BadStepError
 from mindspeed_wan.training.objective import Objective
 from mindspeed_wan.training.optimizer import AdamW
 
@@ -77,15 +77,21 @@ class TrainStep:
         return noised.losses(predict(self.model, noised.x, noised.timestep, batch)), noised.sigma
 
     def update(self, optimizer: AdamW, accumulated: Accumulated, *, iteration: int, learning_rate: float,
-               weight_decay: float) -> float:
+               weight_decay: float, loss_limit: float = math.inf) -> float:
         """Finish and clip the gradients, move the weights, return the gradient norm before clipping.
 
         Raises:
-            NumericsError: on every rank, before any weight moved, when the loss or the gradient is not finite.
+            BadStepError: on every rank, before any weight moved, when the loss or the gradient is not finite or the
+                loss is above ``loss_limit``.
         """
-        _require_finite("loss", accumulated.loss, iteration)
+        # Both values come from reductions over all ranks: every rank sees the same and stops in the same place.
+        if not math.isfinite(accumulated.loss):
+            raise BadStepError(f"the loss of iteration {iteration} is {accumulated.loss}")
+        if accumulated.loss > loss_limit:
+            raise BadStepError(f"the loss of iteration {iteration} is {accumulated.loss:.4g}, above {loss_limit:.4g}")
         norm = finish_grads(self.model, self.groups, self.clip_norm)
-        _require_finite("gradient norm", norm, iteration)
+        if not math.isfinite(norm):
+            raise BadStepError(f"the gradient norm of iteration {iteration} is {norm}", norm=norm)
         optimizer.step(learning_rate, weight_decay)
         optimizer.zero_grad()
         return norm
@@ -95,13 +101,3 @@ def predict(model: nn.Module, x: Tensor, timestep: Tensor, batch: Features) -> T
     """Return the model's velocity for noisy latents ``x`` [B, C, f, h, w] under the batch's conditions."""
     inputs = x if batch.condition is None else torch.cat((x, batch.condition.to(x.dtype)), dim=1)
     return model(inputs, timestep, batch.text, batch.image_embeds)
-
-
-def _require_finite(what: str, value: float, iteration: int) -> None:
-    # The value is the result of a reduction over all ranks: every rank sees the same and stops in the same place.
-    if math.isfinite(value):
-        return
-    raise NumericsError(
-        f"the {what} of iteration {iteration} is {value}; no weight was changed",
-        fix="resume from the last checkpoint with a lower --lr or --clip-grad, and look at that iteration's clips",
-    )
