@@ -147,9 +147,3 @@ def _make_gloo_average(model: nn.Module, mesh: DeviceMesh) -> float:
     averaged = torch.empty(1)
     dist.reduce_scatter_tensor(averaged, torch.ones(group.size()), op=dist.ReduceOp.AVG, group=group)
     return 1.0 / averaged.item()
-
-
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Switch gradient reduction off for all but the last micro-batch of an accumulation (no-op without FSDP2)."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)

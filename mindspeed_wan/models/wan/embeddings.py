@@ -55,13 +55,14 @@ class PatchEmbedding(nn.Module):
 
 
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """``[B] -> [B, dim]`` fp32: cos then sin of t * 10000^(-i / (dim/2)), computed in fp64 on the host.
+    """``[B] -> [B, dim]`` fp32: cos then sin of t * 10000^(-i / (dim/2)), computed in fp64.
 
-    fp32 products at t near 1000 would lose five digits of the angle; the NPU has no fp64, hence the host.
+    fp32 products at t near 1000 would lose five digits of the angle. The NPU has no fp64 and does it on the host.
     """
     half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
-    angle = torch.outer(timestep.detach().to("cpu", torch.float64), frequencies)
+    device = timestep.device if timestep.device.type in ("cpu", "cuda") else torch.device("cpu")
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.outer(timestep.detach().to(device, torch.float64), frequencies)
     return torch.cat((angle.cos(), angle.sin()), dim=-1).to(timestep.device, torch.float32)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.models.wan.model import WanDiT
@@ -55,6 +58,34 @@ def test_chosen_blocks_run_twice_and_gradients_are_the_same(plan: RecomputePlan,
         grads.append([p.grad for p in model.parameters()])
     assert counts == [2 if i in twice else 1 for i in range(CONFIG.num_layers)]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+class _CountAttention(TorchDispatchMode):
+    """Counts attention operators that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += "attention" in str(operator) and "backward" not in str(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("plan", "runs"), [(None, 2), (RecomputePlan(), 4), (RecomputePlan(keep_attention=True), 2)])
+def test_attention_can_be_kept(plan: RecomputePlan | None, runs: int) -> None:
+    """Two attentions per block; recomputed twice as often, unless they are kept. Same gradients."""
+    batch = random_batch(CONFIG, (1, 4, 6))
+    expected, model = _model(), _model()
+    if plan:
+        apply_recompute(model, plan)
+    counts = _forward_counts(model)
+    with _CountAttention() as attention:
+        model(batch.latents, batch.timestep, batch.text).square().mean().backward()
+    expected(batch.latents, batch.timestep, batch.text).square().mean().backward()
+    assert attention.calls == runs * CONFIG.num_layers
+    assert counts == [2 if plan else 1] * CONFIG.num_layers
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), expected.parameters()))
 
 
 def test_frozen_inputs_do_not_switch_it_off() -> None:
