@@ -245,14 +245,16 @@ def _read_rows(tensor: StoredTensor, start: int, stop: int, columns: tuple[slice
         if begin >= end or outside or box.numel == 0:
             continue
         width = math.prod(box.sizes[1:]) * dtype.itemsize
-        part = np.empty((end - begin, *box.sizes[1:]), dtype=dtype)
+        whole_rows = box.sizes[1:] == tensor.shape[1:]
+        part = rows[begin - start:end - start] if whole_rows else np.empty((end - begin, *box.sizes[1:]), dtype=dtype)
         raw = part.data.cast("B")
         files.read_into(chunk.path, chunk.offset + (begin - box.offsets[0]) * width, raw)
         if chunk.crc32 is not None:
             crcs[chunk] = zlib.crc32(raw, crcs.get(chunk, 0))
-        place = (slice(begin - start, end - start),
-                 *(slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True)))
-        rows[place] = part
+        if not whole_rows:
+            place = (slice(begin - start, end - start),
+                     *(slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True)))
+            rows[place] = part
     return rows
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan_converters.plan import Constant, Deferred, Part, Slice
 
 _STORAGE = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage"}
 _ALIGN = 64
 _FLAGS = 0x0808  # sizes and CRC follow the data; names are UTF-8
-_MAX_32 = 0xFFFFFFFF
+_SENTINEL = 0xFFFFFFFF  # "see the zip64 record"
+_ZIP64_FROM = _SENTINEL  # offsets from here on need zip64 records
 
 
 # ---- pickle --------------------------------------------------------------------------------------------------
@@ -106,11 +109,9 @@ def torch_file_parts(root: bytes, slices: Sequence[Slice], *, archive: str = "ar
 
 
 def _lay_member(name: bytes, content: bytes | Slice, at: int, index: int) -> tuple[_Member, bytes, Part]:
-    import zlib
-
     size = len(content) if isinstance(content, bytes) else content.size
-    if size >= _MAX_32:
-        raise ValueError(f"{name!r} has {size} bytes; a single tensor beyond 4 GiB is no Wan parameter")
+    if size >= _SENTINEL:
+        raise CheckpointError(f"{name.decode()} has {size} bytes: a single tensor beyond 4 GiB is no Wan parameter")
     padding = -(at + 30 + len(name) + 4) % _ALIGN
     header = struct.pack("<4s5H3I2H", b"PK\x03\x04", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(name), padding + 4)
     header += name + b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -126,11 +127,11 @@ def _descriptor(crc: int, size: int) -> bytes:
 
 
 def _zip64_extra(offset: int) -> bytes:
-    return struct.pack("<HHQ", 1, 8, offset) if offset >= _MAX_32 else b""
+    return struct.pack("<HHQ", 1, 8, offset) if offset >= _ZIP64_FROM else b""
 
 
 def _end_size(start: int) -> int:
-    return 22 + (56 + 20 if start >= _MAX_32 else 0)
+    return 22 + (56 + 20 if start >= _ZIP64_FROM else 0)
 
 
 def _directory(members: Sequence[_Member], start: int, crcs: Sequence[int]) -> bytes:
@@ -140,12 +141,13 @@ def _directory(members: Sequence[_Member], start: int, crcs: Sequence[int]) -> b
         extra = _zip64_extra(member.offset)
         entries += struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45 if extra else 0, 45 if extra else 0, _FLAGS, 0, 0, 0,
                                member.checksum(crcs), member.size, member.size, len(member.name), len(extra), 0, 0, 0,
-                               0, min(member.offset, _MAX_32)) + member.name + extra
+                               0, _SENTINEL if extra else member.offset) + member.name + extra
     count, end = len(members), b""
-    if start >= _MAX_32:
+    if start >= _ZIP64_FROM:
         end = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, len(entries), start)
         end += struct.pack("<4sIQI", b"PK\x06\x07", 0, start + len(entries), 1)
-    end += struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, len(entries), min(start, _MAX_32), 0)
+    end += struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, len(entries),
+                       _SENTINEL if end else start, 0)
     return entries + end
 
 

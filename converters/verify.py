@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mindspeed_wan.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.models.wan.config import BOUNDARY, WanConfig
@@ -147,6 +149,6 @@ def _difference(a: StoredTensor, b: StoredTensor, files: SourceFiles) -> str | N
     box = Box.whole(a.shape)
     for one, other in zip(iter_blocks(a, box, a.code, files, _BLOCK), iter_blocks(b, box, a.code, files, _BLOCK),
                           strict=True):
-        if one.tobytes() != other.tobytes():
+        if not np.array_equal(one.view("u1"), other.view("u1")):  # bits, so that NaN equals itself and -0.0 is not 0.0
             return "values"
     return None

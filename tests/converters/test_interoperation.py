@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from mindspeed_wan_converters import torch_zip
 from mindspeed_wan_converters.cli import run
 from tests.converters.tiny_weights import (
     assert_same,
@@ -70,6 +72,17 @@ def test_virtual_stages_hold_model0_model1_and_a_version(tmp_path: Path) -> None
         assert set(loaded) == {"model0", "model1", "checkpoint_version"} and loaded["checkpoint_version"] == 3.0
         for virtual in range(2):
             assert_same(loaded[f"model{virtual}"], parts[2 * virtual + stage])
+
+
+def test_files_beyond_four_gigabytes_use_the_zip64_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_zip, "_ZIP64_FROM", 5000)
+    state = random_state("t2v", "bf16")
+    mm = convert("hf_to_mm", write_expert(tmp_path / "hf", "t2v", state), tmp_path / "mm")
+    file = mm / "release/mp_rank_00/model_optim_rng.pt"
+    assert zipfile.ZipFile(file).testzip() is None and b"PK\x06\x06" in file.read_bytes()
+    for mmap in (False, True):
+        assert_same(torch.load(file, weights_only=True, mmap=mmap)["model"], mm_tree(state, [4])[0])
+    assert_same(read_expert(convert("mm_to_hf", mm, tmp_path / "back")), state)
 
 
 def test_mm_training_files_with_args_and_optimizer_state_load(tmp_path: Path) -> None:

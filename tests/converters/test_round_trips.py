@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,58 @@ def test_names_follow_mindspeed_mm_rules(tmp_path: Path) -> None:
         mm = convert("hf_to_mm", write_expert(tmp_path / task, task, state), tmp_path / f"{task}-mm")
         model = torch.load(mm / "release/mp_rank_00/model_optim_rng.pt", weights_only=True)["model"]
         assert_same(model, {mm_name(name): value for name, value in state.items()})
+
+
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every tensor and checksum cross buffers, as they do in files of gigabytes."""
+    from mindspeed_wan_converters import stream, writer
+
+    monkeypatch.setattr(stream, "BLOCK", 4096)
+    monkeypatch.setattr(writer, "BLOCK", 1024)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tensors_that_cross_many_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    small_buffers(monkeypatch)
+    state = random_state("t2v", dtype)
+    hf = write_expert(tmp_path / "hf", "t2v", state, shards=2)
+    mm = convert("hf_to_mm", hf, tmp_path / "mm", *layout(4, "VPP2"))
+    dcp = convert("mm_to_dcp", mm, tmp_path / "dcp", "--verify")
+    assert_same(read_expert(convert("dcp_to_hf", dcp, tmp_path / "back", "--max-shard-size", "50KB")), state)
+    assert run(["verify", str(dcp), str(hf)]) == 0
+    for file in mm.rglob("*.pt"):
+        assert zipfile.ZipFile(file).testzip() is None
+
+
+@pytest.mark.parametrize("refuses", ["flag", "write"])
+def test_file_systems_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+    """Some systems have no O_DIRECT, some file systems take the flag and refuse the write."""
+    real, calls = os.pwrite, []
+
+    def refuse_once(descriptor: int, data: memoryview, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == 1:
+            raise OSError(errno.EINVAL, "unaligned")
+        return real(descriptor, data, offset)
+
+    small_buffers(monkeypatch)
+    if refuses == "flag":
+        monkeypatch.delattr(os, "O_DIRECT")
+        monkeypatch.delattr(os, "posix_fadvise")
+    else:
+        monkeypatch.setattr(os, "pwrite", refuse_once)
+    state = random_state("t2v", "bf16")
+    dcp = convert("hf_to_dcp", write_expert(tmp_path / "hf", "t2v", state), tmp_path / "dcp", "--workers", "1")
+    assert_same(read_expert(convert("dcp_to_hf", dcp, tmp_path / "back")), state)
+
+
+def test_progress_tells_bytes_speed_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mindspeed_wan_converters.progress import Progress
+
+    progress = Progress(4_000_000_000, label="converting")
+    progress._start -= 10.0
+    progress._shown -= 10.0
+    progress.skip(1_000_000_000)
+    progress.add(1_000_000_000)
+    assert "converting 2.0 GB of 4.0 GB (50 %), 100.0 MB/s, 0 min 20 s left" in capsys.readouterr().err
+    assert 10.0 <= progress.finish() < 20.0
