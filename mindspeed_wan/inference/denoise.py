@@ -21,6 +21,7 @@ from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.diffusion.solvers import Solver, SolverState
 from mindspeed_wan.inference.experts import Experts
 from mindspeed_wan.inference.runtime import Runtime
+from mindspeed_wan.inference.step_cache import Recorder, StepCache
 from mindspeed_wan.models.wan.model import TextContext
 
 NOISE_STREAM = "inference/noise"
@@ -65,15 +66,16 @@ class Denoiser:
         schedule, solver: see ``diffusion``.
         scales: guidance scale of ``high`` and ``low``.
         boundary: sigma at which the experts change; ``None`` with one expert.
+        cache: skips blocks at some steps, or measures how much they change.
     """
 
     def __init__(
         self, experts: Experts, runtime: Runtime, schedule: SigmaSchedule, solver: Solver,
-        *, scales: dict[str, float], boundary: float | None,
+        *, scales: dict[str, float], boundary: float | None, cache: StepCache | Recorder | None = None,
     ) -> None:
         self._experts, self._runtime = experts, runtime
         self._schedule, self._solver = schedule, solver
-        self._scales, self._boundary = scales, boundary
+        self._scales, self._boundary, self._cache = scales, boundary, cache
 
     @torch.no_grad()
     def run(
@@ -93,7 +95,7 @@ class Denoiser:
             expert = self._schedule.expert(step, self._boundary)
             if held and next(iter(held))[0] != expert:
                 held.clear()
-            return self._guided(expert, x, t, conditions, held)
+            return self._guided(step, expert, x, t, conditions, held)
 
         def after(state: SolverState) -> None:
             nonlocal started
@@ -108,17 +110,21 @@ class Denoiser:
         return sample(velocity, noise, self._schedule, self._solver, after), times
 
     def _guided(
-        self, expert: str, x: Tensor, t: Tensor, conditions: Conditions, held: dict[tuple[str, bool], TextContext]
+        self, step: int, expert: str, x: Tensor, t: Tensor, conditions: Conditions,
+        held: dict[tuple[str, bool], TextContext],
     ) -> Tensor:
         """Return the guided velocity of one step."""
-        model = self._experts.use(expert)
+        model, cache = self._experts.use(expert), self._cache
+        if cache is not None:
+            cache.begin(step, expert, model)
         inputs = x if conditions.channels is None else torch.cat([x, conditions.channels.to(x.dtype)], dim=1)
 
         def branch(negative: bool) -> Tensor:
             if (expert, negative) not in held:
                 states = conditions.negative if negative else conditions.prompt
                 held[expert, negative] = model.encode_text(states.unsqueeze(0), conditions.image_embeds)
-            return model(inputs, t, text_context=held[expert, negative])
+            around = cache.around("uncond" if negative else "cond") if cache is not None else None
+            return model(inputs, t, text_context=held[expert, negative], around_blocks=around)
 
         scale = self._scales[expert]
         if not guidance.needs_uncond(scale):

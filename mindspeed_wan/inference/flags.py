@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_wan.errors import ConfigError, did_you_mean
+from mindspeed_wan.inference.cache_options import CacheOptions, parse_coefficients
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
 
@@ -80,6 +81,17 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("sample_guide_scale", "guidance", parse_guidance, "LOW,HIGH, or one scale for both experts"),
         Flag("boundary", "boundary", float, "sigma at which the experts change"),
     ),
+    "step cache": (
+        Flag("step_cache", "cache_method", str, "none, teacache, magcache or taylorseer: reuse earlier changes"),
+        Flag("cache_threshold", "cache_threshold", float, "teacache, magcache: larger is faster and worse"),
+        Flag("cache_max_skips", "cache_max_skips", int, "magcache: most steps reused in a row"),
+        Flag("cache_retention", "cache_retention", float, "magcache: share of each expert's first steps that compute"),
+        Flag("cache_interval", "cache_interval", int, "taylorseer: compute every so many steps"),
+        Flag("cache_order", "cache_order", int, "taylorseer: order of the extrapolation"),
+        Flag("cache_table", "cache_table", Path, "magcache: a table that --calibrate_cache wrote"),
+        Flag("cache_coefficients", "cache_coefficients", parse_coefficients, "teacache: a,b,c,d,e, or HIGH/LOW"),
+        Flag("calibrate_cache", "cache_calibrate", Path, "write here the magcache table of this (uncached) run"),
+    ),
     "ranks": (
         Flag("cfg_size", "cfg", int, "2 runs both guidance branches at the same time"),
         Flag("ulysses_size", "ulysses", int, "ranks that exchange heads"),
@@ -142,7 +154,7 @@ _INERT: dict[str, int] = {
 }
 _REFUSED = {
     "use_prompt_extend": "prompt extension needs a language model; write the long prompt yourself",
-    "use_teacache": "step caches are set with --step_cache once they are built; run without this flag",
+    "use_teacache": "step caches are set with --step_cache teacache (or magcache, taylorseer)",
 }
 
 
@@ -175,6 +187,9 @@ def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOpti
         values["prompts"] = (*raw.pop("prompts", ()), *read_lines(raw.pop("prompt_file"), "prompt"))
     layout = _layout(raw, world_size, problems)
     _memory(raw, problems)
+    cache = {name[len("cache_"):]: raw.pop(name) for name in list(raw) if name.startswith("cache_")}
+    if cache:
+        values["cache"] = CacheOptions(**cache)
     values.update(raw)
     raise_problems(problems)
     options = GenerateOptions(**values, layout=layout)
@@ -234,7 +249,7 @@ def _read_value(flag: Flag, words: list[str], raw: dict[str, Any], problems: lis
 
 
 def _kind_name(kind: Callable[[str], Any]) -> str:
-    return {int: "whole number", float: "number"}.get(kind, "HEIGHT,WIDTH")  # type: ignore[call-overload]
+    return {int: "whole number", float: "number", parse_coefficients: "list of numbers"}.get(kind, "HEIGHT,WIDTH")  # type: ignore[call-overload]
 
 
 def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) -> InferenceLayout:

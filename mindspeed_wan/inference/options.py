@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_wan.errors import ConfigError, did_you_mean
+from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
 
@@ -96,6 +97,7 @@ class GenerateOptions:
     grid: str = "official"
     guidance: tuple[float, float] | None = None
     boundary: float | None = None
+    cache: CacheOptions = field(default_factory=CacheOptions)
     max_text_length: int = 512
     # where it runs
     device: str | None = None
@@ -149,7 +151,8 @@ class GenerateOptions:
         videos = len(self.prompts) * self.videos_per_prompt if whole_list and self.prompts else None
         raise_problems(
             [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(),
-             *(self._prompt_problems() if whole_list else ()), *self.layout.problems(num_heads, videos)]
+             *(self._prompt_problems() if whole_list else ()), *self.cache.problems(self.task),
+             *self.layout.problems(num_heads, videos)]
         )
 
     def _choice_problems(self) -> list[str]:
@@ -254,8 +257,9 @@ class GenerateOptions:
         height, width = self.size
         images = {name: _file_digest(path) for name, path in (("image", job.image), ("last_image", job.last_image))
                   if path}
+        cache = {"cache": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.cache).items()}}
         return {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, **values, **images,
-                "weights": weights}
+                **(cache if self.cache.method != "none" else {}), "weights": weights}
 
 
 def _of_prompt(images: tuple[str, ...], place: int) -> str | None:

@@ -26,6 +26,7 @@ from mindspeed_wan.inference.options import GenerateOptions, VideoJob
 from mindspeed_wan.inference.prompts import PromptEncoder
 from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
 from mindspeed_wan.inference.sources import ModelFolder, recognise
+from mindspeed_wan.inference.step_cache import Recorder, StepCache, write_table
 from mindspeed_wan.inference.vae_parallel import ParallelVAE
 from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape
 from mindspeed_wan.platforms import get_platform
@@ -166,12 +167,17 @@ class WanGenerator:
         with watch.stage("load"):
             experts = self.experts(latent)
         low, high = options.guidance
+        schedule = self.schedule(options)
+        assert options.task is not None and options.shift is not None
+        cache = options.cache.build(options.task, schedule, shift=options.shift, boundary=options.boundary,
+                                    grid=options.grid, solver=options.solver)
         denoiser = Denoiser(
-            experts, self.runtime, self.schedule(options), make_solver(options.solver),
-            scales={"high": high, "low": low}, boundary=options.boundary,
+            experts, self.runtime, schedule, make_solver(options.solver),
+            scales={"high": high, "low": low}, boundary=options.boundary, cache=cache,
         )
         noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
         latents, times = denoiser.run(noise, conditions, on_progress)
+        self._report_cache(cache, schedule, options)
         video = None
         if decode:
             with watch.stage("decode"):
@@ -180,6 +186,18 @@ class WanGenerator:
             latents=latents[0].cpu(), video=video, fps=options.fps, seconds=_all_seconds(watch, times),
             steps=times.seconds, settings=settings,
         )
+
+    def _report_cache(self, cache: StepCache | Recorder | None, schedule: SigmaSchedule, options: GenerateOptions
+                      ) -> None:
+        """Say what a step cache did; write the table that a calibration measured."""
+        if cache is None or self.runtime.rank != 0:
+            return
+        if isinstance(cache, Recorder):
+            assert options.cache.calibrate is not None and options.shift is not None
+            write_table(cache.table(schedule, shift=options.shift, boundary=options.boundary), options.cache.calibrate)
+            print(f"wrote the MagCache table {options.cache.calibrate}", flush=True)
+        else:
+            print(f"{cache.plan.describe()}, block speed-up {cache.plan.ideal_speedup:.2f}", flush=True)
 
     @staticmethod
     def schedule(options: GenerateOptions) -> SigmaSchedule:

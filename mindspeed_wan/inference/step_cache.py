@@ -23,6 +23,7 @@ from torch import Tensor
 from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.cache_tables import MagnitudeTable
+from mindspeed_wan.models.wan.model import WanDiT
 
 RunBlocks = Callable[[Tensor], Tensor]
 
@@ -62,7 +63,7 @@ def expert_spans(schedule: SigmaSchedule, boundary: float | None) -> list[range]
 
 
 def teacache_plan(
-    changes: Sequence[float], spans: Sequence[range], *, polynomial: Sequence[float] | dict[str, Sequence[float]],
+    changes: Sequence[float], spans: Sequence[range], *, polynomial: Sequence[float],
     threshold: float, num_forced_start: int = 5, num_forced_end: int = 0,
 ) -> CachePlan:
     """Plan from the relative L1 change of the time embedding at each step (``modulation_changes``).
@@ -70,7 +71,7 @@ def teacache_plan(
     Args:
         changes: one value per step; that of an expert's first step is ignored.
         spans: steps of each expert.
-        polynomial: coefficients, highest power first; or one set per expert, keyed ``high`` and ``low``.
+        polynomial: coefficients, highest power first.
         threshold: larger skips more and changes the video more.
         num_forced_start: steps at the very start that always compute.
         num_forced_end: steps at the very end that always compute.
@@ -79,14 +80,13 @@ def teacache_plan(
         raise ConfigError(f"TeaCache threshold {threshold} must be above 0")
     last = spans[-1].stop
     compute = [True] * last
-    for number, span in enumerate(spans):
-        coefficients = polynomial if not isinstance(polynomial, dict) else polynomial[("high", "low")[number]]
+    for span in spans:
         accumulated = 0.0
         for step in span:
             if step == span.start or step < num_forced_start or step >= last - num_forced_end:
                 accumulated = 0.0
                 continue
-            accumulated += _polynomial(coefficients, changes[step])
+            accumulated += _polynomial(polynomial, changes[step])
             compute[step] = accumulated >= threshold
             if compute[step]:
                 accumulated = 0.0
@@ -193,18 +193,25 @@ class _Memory:
 class StepCache:
     """Follows a plan inside the denoising loop; one memory per guidance branch, dropped when the expert changes.
 
-    Use: ``begin(step, expert)`` at each step, then pass ``around(branch)`` to the model's ``around_blocks``.
+    Use: ``begin(step, expert, model)`` at each step, then pass ``around(branch)`` to the model's ``around_blocks``.
+
+    Args:
+        plan: what to do at every step.
+        replan: called with (first step of the expert, its model) when an expert takes over, for plans that read the
+            model's weights (TeaCache); returns the plan to follow from there.
     """
 
-    def __init__(self, plan: CachePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: CachePlan, replan: Callable[[int, WanDiT], CachePlan] | None = None) -> None:
+        self.plan, self._replan = plan, replan
         self._step, self._expert = 0, ""
         self._memory: dict[str, _Memory] = {}
 
-    def begin(self, step: int, expert: str) -> None:
+    def begin(self, step: int, expert: str, model: WanDiT) -> None:
         """Tell which step comes; a new expert (or a new video) starts with nothing remembered."""
         if expert != self._expert or step == 0:
             self._memory.clear()
+            if self._replan is not None:
+                self.plan = self._replan(step, model)
         self._step, self._expert = step, expert
 
     def around(self, branch: str) -> Callable[[Tensor, RunBlocks], Tensor]:
@@ -251,8 +258,8 @@ class Recorder:
         self._norms: dict[str, Tensor] = {}
         self.ratios: dict[int, list[float]] = {}
 
-    def begin(self, step: int, expert: str) -> None:
-        """Tell which step comes."""
+    def begin(self, step: int, expert: str, model: WanDiT) -> None:
+        """Tell which step comes (``model`` is not looked at)."""
         if expert != self._expert or step == 0:
             self._norms.clear()
         self._step, self._expert = step, expert

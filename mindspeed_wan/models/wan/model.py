@@ -119,7 +119,7 @@ class WanDiT(nn.Module):
         param_layout: how tensor parallelism treats each parameter, by name. Whoever adds a parameter adds it here.
     """
 
-    forward_methods = ("encode_text",)
+    forward_methods = ("encode_text", "time_modulation")
     """Methods besides ``forward`` that use parameters (FSDP2 gathers for them too)."""
 
     def __init__(
@@ -206,6 +206,10 @@ class WanDiT(nn.Module):
         """
         hidden, image = self._embed_text(text, image_embeds, self._dtype())
         return TextContext(tuple(block.project_text(hidden, image) for block in self.blocks))  # type: ignore[operator]
+
+    def time_modulation(self, timestep: Tensor) -> Tensor:
+        """Return the modulation ``[B, 6, D]`` fp32 of ``timestep [B]``, as ``forward`` hands it to the blocks."""
+        return self._embed_time(timestep)[1]
 
     def _dtype(self) -> torch.dtype:
         return self.compute_dtype or self.patch_embedding.weight.dtype

@@ -1,0 +1,71 @@
+"""Step caches inside real generation on a tiny folder: what is skipped, what that costs, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.inference.cache_options import CacheOptions
+from mindspeed_wan.inference.pipeline import WanGenerator
+from tests.helpers.tiny import tiny_pipeline_folder
+
+ASK = {"size": (32, 48), "num_frames": 5, "steps": 12, "seed": 1, "decode": False, "prompt": "a red circle moves left"}
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> WanGenerator:
+    folder = tiny_pipeline_folder(tmp_path_factory.mktemp("model"))
+    return WanGenerator.from_pretrained(folder, dtype="fp32", device="cpu")
+
+
+def _error(latents: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((latents - exact).norm() / exact.norm())
+
+
+def test_plans_skip_and_a_plan_that_skips_nothing_is_the_exact_run(generator: WanGenerator, capsys) -> None:
+    exact = generator(**ASK).latents
+    for cache in (CacheOptions(method="taylorseer", interval=2), CacheOptions(method="magcache", threshold=0.3),
+                  CacheOptions(method="teacache", coefficients=((1.0, 0.0),), threshold=1.0)):
+        cached = generator(**ASK, cache=cache).latents
+        said = capsys.readouterr().out
+        assert f"{cache.method}: " in said and "0 of 12" not in said
+        assert 0 < _error(cached, exact) < 1, cache.method  # random weights change a lot between steps
+    never = CacheOptions(method="magcache", threshold=1e-9)
+    torch.testing.assert_close(generator(**ASK, cache=never).latents, exact, rtol=0, atol=0)
+    torch.testing.assert_close(generator(**ASK).latents, exact, rtol=0, atol=0)  # nothing is left behind
+
+
+def test_calibrated_table_is_used(generator: WanGenerator, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    exact = generator(**ASK, cache=CacheOptions(calibrate=table)).latents
+    torch.testing.assert_close(exact, generator(**ASK).latents, rtol=0, atol=0)
+    cached = generator(**ASK, cache=CacheOptions(method="magcache", table=table, threshold=0.5, retention=0.1)).latents
+    assert 0 < _error(cached, exact) < 1
+    with pytest.raises(ConfigError, match="measured at shift 12, this run uses 5"):
+        generator(**ASK, shift=5.0, cache=CacheOptions(method="magcache", table=table))
+
+
+@pytest.mark.parametrize(("cache", "message"), [
+    (CacheOptions(method="magcash"), "use one of"),
+    (CacheOptions(method="teacache"), "no TeaCache polynomial is published for t2v-A14B"),
+    (CacheOptions(method="magcache", threshold=-1), "above 0"),
+    (CacheOptions(method="magcache", table=Path("none.json")), "does not exist"),
+    (CacheOptions(method="taylorseer", interval=1), "out of range"),
+    (CacheOptions(method="magcache", calibrate=Path("x.json")), "drop --step_cache"),
+])
+def test_settings_that_cannot_be_are_explained(generator: WanGenerator, cache: CacheOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generator(**ASK, cache=cache)
+
+
+def test_flags_reach_the_cache(tmp_path: Path) -> None:
+    from mindspeed_wan.inference.flags import parse
+
+    options = parse(["--ckpt_dir", str(tmp_path), "--prompt", "x", "--step_cache", "magcache",
+                     "--cache_threshold", "0.1", "--cache_max_skips=3"], world_size=1)
+    assert options.cache == CacheOptions(method="magcache", threshold=0.1, max_skips=3)
+    with pytest.raises(ConfigError, match="use one of none, teacache, magcache, taylorseer"):
+        parse(["--ckpt_dir", str(tmp_path), "--prompt", "x", "--step_cache", "magic"], world_size=1)
