@@ -25,7 +25,8 @@ from mindspeed_wan.errors import CheckpointError, ResourceError
 MANIFEST_NAME = "manifest.json"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_MANIFEST_VERSION = 1
+_MANIFEST_VERSION = 2
+"""2 added the seal, a checksum of the manifest itself; 1 is still read."""
 _BLOCK = 8 << 20
 _TRACKER_LIMIT = 64
 
@@ -92,9 +93,9 @@ def write_manifest(folder: str | os.PathLike[str], extra: Mapping[str, Any] | No
             raise CheckpointError(f"changed while it was being written ({record.size} bytes expected)", where=str(path))
         files[name] = asdict(record)
     target = folder / MANIFEST_NAME
-    text = json.dumps({**(extra or {}), "version": _MANIFEST_VERSION, "files": files}, indent=1)
+    content = {**(extra or {}), "version": _MANIFEST_VERSION, "files": files}
     try:
-        target.write_text(text, encoding="utf-8")  # flushed by commit_folder with everything else
+        target.write_text(json.dumps({**content, "seal": _seal(content)}, indent=1), encoding="utf-8")  # flushed by commit_folder with everything else
     except OSError as error:
         raise disk_error(error, target) from None
     return target
@@ -105,6 +106,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["version"] != 1 and manifest.pop("seal") != _seal(manifest):
+            raise ValueError("its own checksum does not match")
         for name, record in manifest["files"].items():
             if not isinstance(name, str) or set(record) != {"size", "crc32", "sha256"}:
                 raise ValueError(f"bad entry {name!r}")
@@ -115,6 +118,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"the manifest cannot be read ({error})", where=str(path),
                               fix="the folder is damaged; use another iteration") from None
     return dict(manifest)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """Return the CRC-32 of a manifest's content, which finds a flipped bit in the manifest itself."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def verify_manifest(folder: str | os.PathLike[str], full: bool = False) -> dict[str, Any]:
