@@ -110,3 +110,24 @@ def checkpoint_tensors(folder: Path) -> dict[str, Any]:
 def edit_json(source: Path, target: Path, **changes: Any) -> None:
     """Copy a JSON file with some top-level keys changed."""
     write_json(target, {**json.loads(source.read_text(encoding="utf-8")), **changes})
+
+
+def with_cached_features(world: World, folder: Path) -> World:
+    """Encode the clips of ``world`` once and return the same job reading the cache (no encoder is loaded)."""
+    import argparse
+
+    from mindspeed_wan.cli import features
+
+    parser = argparse.ArgumentParser()
+    features.add_arguments(parser)
+    features.run(parser.parse_args(["build", "--mm-data", str(world.files / "data.json"), "--mm-model",
+                                    str(world.files / "model_high.json"), "--out", str(folder / "cache"),
+                                    "--seed", "7", "--device", "cpu"]))
+    for expert in EXPERT_FOLDER:
+        edit_json(world.files / f"model_{expert}.json", folder / f"model_{expert}.json",
+                  load_video_features=True, load_text_features=True)
+    data = json.loads((world.files / "data.json").read_text(encoding="utf-8"))
+    data["dataset_param"]["dataset_type"] = "feature"
+    data["dataset_param"]["basic_parameters"].update(data_path=str(folder / "cache"), data_folder="")
+    write_json(folder / "data.json", data)
+    return World(world.model, world.data, folder)

@@ -22,6 +22,7 @@ from tests.helpers.world import (
     metrics,
     train_rank,
     train_until_stopped,
+    with_cached_features,
 )
 
 FSDP2 = ["--use-torch-fsdp2"]
@@ -36,7 +37,8 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), num_frames=5, size=(32, 48))
+    online = make_world(tmp_path_factory.mktemp("online"), num_frames=5, size=(32, 48))
+    return with_cached_features(online, tmp_path_factory.mktemp("world"))
 
 
 def assert_same_end(straight: Path, resumed: Path, iteration: int) -> None:
