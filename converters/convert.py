@@ -7,6 +7,7 @@ when plan and sources are unchanged; ``--overwrite`` exchanges an older result f
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -173,9 +174,12 @@ def _lay_out(weights: Weights, target: str, options: Options) -> Layout:
 # ---- checks before anything is written -----------------------------------------------------------------------
 
 
+_PLACEHOLDER = re.compile(r"(^|/)(path[ _/]to[ _/]|your[ _/](path|model|weights)|\[[^/]*\](/|$))", re.IGNORECASE)
+
+
 def _clean(path: Path) -> Path:
     text = str(path)
-    if "path/to" in text or text.startswith(("your", "path to")):
+    if _PLACEHOLDER.search(text):
         raise ConfigError(f"{text!r} is a placeholder", fix="give a real path")
     return Path(os.path.abspath(os.path.expanduser(text)))
 

@@ -75,7 +75,7 @@ def run_verb(verb: Verb, converter: str, args: argparse.Namespace) -> int:
                           where="--cfg.target_parallel_config", fix=f"drop it for {verb.name}")
     run(str(verb.source), str(verb.target), Options(
         source=Path(args.source_path), target=Path(args.target_path), expert=args.expert,
-        hf_dir=Path(args.hf_dir) if args.hf_dir else None, parallel=parallel, dtype=args.dtype,
+        hf_dir=Path(args.hf_dir).expanduser() if args.hf_dir else None, parallel=parallel, dtype=args.dtype,
         max_shard_size=args.max_shard_size, workers=args.workers, dry_run=args.dry_run, overwrite=args.overwrite,
         resume=args.resume, verify=args.verify, quiet=args.quiet, task=CONVERTERS[converter], converter=converter))
     return 0
@@ -87,10 +87,10 @@ def _run_reader(verb: Verb, args: Any) -> None:
     from mindspeed_wan_converters.formats.hf import config_of
     from mindspeed_wan_converters.verify import inspect, verify
 
-    hint = config_of(Path(args.hf_dir)) if args.hf_dir else None
-    source = Path(args.source_path)
+    hint = config_of(Path(args.hf_dir).expanduser()) if args.hf_dir else None
+    source = Path(args.source_path).expanduser()
     if verb.name == "inspect":
         inspect(source, args.expert, hint, as_json=args.json)
     else:
-        second = Path(args.target_path) if args.target_path else None
+        second = Path(args.target_path).expanduser() if args.target_path else None
         verify(source, second, args.expert, hint, quiet=args.quiet)
