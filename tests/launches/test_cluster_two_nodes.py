@@ -26,7 +26,7 @@ from tests.helpers.world import (
 )
 
 EXAMPLES = REPOSITORY / "examples" / "wan2.2"
-ITERATIONS = 6
+ITERATIONS = 16
 FSDP = EXAMPLES / "A14B" / "fsdp2_config.yaml"
 
 
@@ -50,7 +50,7 @@ class Nodes:
                   "FSDP_CONFIG": str(FSDP), "LOAD_PATH": "", "SAVE_PATH": str(self.save), "PYTHON": sys.executable,
                   "RETRY_EXIT_CODE": "138", "OMP_NUM_THREADS": "1", "LOG_FOLDER": str(self.save / "logs")}
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        flags = world.flags(self.save, "--save-interval", "3", iters=ITERATIONS)
+        flags = world.flags(self.save, "--save-interval", "4", iters=ITERATIONS)
         return subprocess.Popen(
             ["bash", str(EXAMPLES / "cluster" / "entry.sh"), str(EXAMPLES / "A14B" / "t2v" / "pretrain_high.sh"), *flags],
             env={**kept, **launch, **scheduler}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -109,9 +109,9 @@ def test_evicted_job_saves_is_requeued_and_ends_with_the_same_bits(world: World,
 def test_a_dead_node_costs_what_was_not_saved(world: World, straight: Path, tmp_path: Path) -> None:
     """A machine vanishes: the other one notices, asks for another start, and that goes on from the last save."""
     job = Nodes(world, tmp_path)
-    job.wait_for(4)
+    job.wait_for(5)
     os.killpg(job.pods[1].pid, signal.SIGKILL)
     assert job.finish() == [138, -signal.SIGKILL]
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() in ("4", "8", "12")
     assert Nodes(world, tmp_path).finish() == [0, 0]
     assert_same_end(straight, tmp_path)

@@ -1,0 +1,53 @@
+"""Dockerfiles: what can be checked without building them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
+FILES = sorted(DOCKER.glob("Dockerfile.*"))
+INSTRUCTIONS = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """Return (instruction, argument), continuation lines joined, comments gone."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
+
+
+def test_there_is_an_image_for_every_device() -> None:
+    assert {path.suffix for path in FILES} == {".cpu", ".cuda", ".cann"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix)
+def test_images_are_well_formed_and_not_root(path: Path) -> None:
+    found = instructions(path)
+    names = [name for name, _ in found]
+    assert set(names) <= INSTRUCTIONS
+    assert names.count("FROM") == 1 and set(names[: names.index("FROM")]) <= {"ARG"}
+    users = [argument for name, argument in found if name == "USER"]
+    assert users and users[-1] not in ("root", "0")
+    assert names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
+    base = next(argument for name, argument in found if name == "FROM")
+    declared = dict(argument.split("=", 1) for name, argument in found if name == "ARG" and "=" in argument)
+    image = re.sub(r"\$\{(\w+)\}", lambda match: declared[match[1]], base)
+    assert ":" in image and not image.endswith(":latest")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix)
+def test_commands_of_images_are_valid_bash(path: Path) -> None:
+    for name, argument in instructions(path):
+        if name == "RUN":
+            done = subprocess.run(["bash", "-n", "-c", argument], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+
+def test_entry_script_becomes_its_command(tmp_path: Path) -> None:
+    entry = DOCKER / "cann_entry.sh"
+    done = subprocess.run(["bash", str(entry), "sh", "-c", "exit 75"], check=False, timeout=30)
+    assert done.returncode == 75
