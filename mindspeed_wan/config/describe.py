@@ -110,13 +110,16 @@ def _memory(config: RunConfig) -> str:
     else:
         kept = f"recompute {'all' if recompute.method == 'uniform' else f'the first {recompute.num_layers}'} blocks"
     ema = f", EMA {training.ema_decay:g}" if training.ema_decay else ""
-    return f"{training.precision} compute, fp32 master weights, {kept}{ema}"
+    weights = f"frozen {training.precision} base, fp32 adapters" if config.lora else "fp32 master weights"
+    return f"{training.precision} compute, {weights}, {kept}{ema}"
 
 
 def _start(config: RunConfig) -> str:
     checkpoint = config.checkpoint
     if checkpoint.from_scratch and not checkpoint.load:
         return "random weights"
+    if config.lora is not None and not checkpoint.load_base_model:
+        return f"fresh adapters on base weights {checkpoint.load}"
     base = f", on base weights {checkpoint.load_base_model}" if checkpoint.load_base_model else ""
     return f"{checkpoint.load or 'nothing'}{' (weights only)' if checkpoint.finetune else ''}{base}"
 

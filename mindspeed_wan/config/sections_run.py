@@ -237,5 +237,5 @@ class LoraSection(Section):
     """Rank-stabilised scaling."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Rank of single modules or name endings, instead of r."""
-    format: Literal["diffusers", "peft", "kohya", "kohya2", "comfy", "diffsynth", "lightx2v", "mm"] = "diffusers"
+    format: Literal["diffusers", "kohya", "kohya2", "comfy", "diffsynth", "lightx2v", "mm"] = "diffusers"
     """Format of the adapter file that every save writes."""

@@ -97,6 +97,14 @@ def fill_adapter(
             local.copy_(tensor[index])
 
 
+def seed_dropout(model: WanDiT, seed: int, name: str = DEFAULT_NAME) -> None:
+    """Name the dropout masks of the next forward pass; each module draws its own from ``seed`` and its name."""
+    for mm, hook in _hooks(model, name):
+        setting = hook.settings[name]
+        if setting.dropout:
+            setting.seed = randomness.generator(seed, 0, stream=f"dropout/{mm}").initial_seed()
+
+
 def adapter_views(model: WanDiT, groups: ParallelGroups | None = None, name: str | None = None) -> dict[str, Tensor]:
     """Return the factors (of one adapter, or of all) as pieces of their global tensors: what checkpoints hold."""
     return {
@@ -182,9 +190,15 @@ def adapter_names(model: WanDiT) -> list[str]:
     return list(dict.fromkeys([*found, *_saved_diffs(model)]))
 
 
-def export_adapter(model: WanDiT, groups: ParallelGroups | None = None, name: str = DEFAULT_NAME) -> LoraFile:
-    """Return an adapter in whole tensors on the CPU. A collective: every rank must call it, every rank gets it."""
-    views = adapter_views(model, groups, name)
+def export_adapter(
+    model: WanDiT, groups: ParallelGroups | None = None, name: str = DEFAULT_NAME,
+    views: Mapping[str, Tensor] | None = None,
+) -> LoraFile:
+    """Return an adapter in whole tensors on the CPU. A collective: every rank must call it, every rank gets it.
+
+    ``views`` gives other values for the same factors (a moving average); default ``adapter_views``.
+    """
+    views = adapter_views(model, groups, name) if views is None else views
     if not views:
         raise _unknown(model, name)
 

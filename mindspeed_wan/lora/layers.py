@@ -46,11 +46,24 @@ class Factor(nn.Module):
 
 @dataclass
 class Setting:
-    """How strongly one adapter acts: ``weight * scale * B A``, with dropout on the input while training."""
+    """How strongly one adapter acts: ``weight * scale * B A``, with dropout on the input while training.
+
+    ``seed`` names the dropout mask of the micro-batch: recomputation then meets the mask of the first forward pass,
+    tensor ranks agree, and a resumed run drops what the straight one would. ``None`` draws from torch's generator.
+    """
 
     scale: float
     weight: float = 1.0
     dropout: float = 0.0
+    seed: int | None = None
+
+
+def _dropped(x: Tensor, setting: Setting) -> Tensor:
+    if setting.seed is None:
+        return F.dropout(x, setting.dropout)
+    generator = torch.Generator(device=x.device).manual_seed(setting.seed)
+    kept = torch.rand(x.shape, generator=generator, device=x.device) >= setting.dropout
+    return x * kept / (1.0 - setting.dropout)
 
 
 class _SumParts(torch.autograd.Function):
@@ -105,7 +118,7 @@ class LoraHook:
         down = getattr(module, LORA_A)[name].weight.to(x.dtype)
         up = getattr(module, LORA_B)[name].weight.to(x.dtype)
         if setting.dropout and module.training:
-            x = F.dropout(x, setting.dropout)
+            x = _dropped(x, setting)
         hidden = F.linear(x, down)
         if self.info.tp_axis == 1 and self.group is not None:
             hidden = (_ScatterSum if self.sequence_parallel else _SumParts).apply(hidden, self.group)

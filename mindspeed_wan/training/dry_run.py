@@ -16,6 +16,7 @@ from mindspeed_wan.data.build import open_data
 from mindspeed_wan.errors import ResourceError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import parameter_table
+from mindspeed_wan.training.adapters import check_adapter
 from mindspeed_wan.training.restore import check_card, training_checkpoint, weights_found
 
 
@@ -26,7 +27,10 @@ def check(config: RunConfig) -> str:
         WanError: the first thing that would stop the run.
     """
     wan = WanConfig.from_dict(config.model.wan.to_dict())
-    lines = [describe(config), f"{'weights':<12}{_check_start(config, wan)}", *_check_data(config)]
+    lines = [describe(config), f"{'weights':<12}{_check_start(config, wan)}"]
+    if config.lora is not None:
+        lines.append(f"{'adapter':<12}{check_adapter(config, wan)}")
+    lines += _check_data(config)
     _check_save_folder(config)
     return "\n".join([*lines, "dry run: everything this run needs is in place"])
 

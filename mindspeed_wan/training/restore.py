@@ -17,12 +17,14 @@ from mindspeed_wan.checkpoint.sources import Found, find
 from mindspeed_wan.checkpoint.weights import checked, load_model_weights
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.errors import CheckpointError
+from mindspeed_wan.lora.apply import split_views
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import init_weights
 from mindspeed_wan.models.wan.views import global_views
 from mindspeed_wan.parallel.agreement import first_decides, is_first
 from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.training import adapters
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.optimizer import AdamW
 
@@ -33,7 +35,7 @@ def model_card(config: RunConfig, wan: WanConfig) -> dict[str, Any]:
     """Return the ``wan.json`` of this run's checkpoints."""
     diffusion = config.diffusion
     return {"version": CARD_VERSION, "task": wan.task, "expert": diffusion.expert, "boundary": diffusion.boundary,
-            "shift": diffusion.shift, "config": wan.to_dict()}
+            "shift": diffusion.shift, "config": wan.to_dict(), **adapters.card_entries(config)}
 
 
 def training_checkpoint(config: RunConfig) -> Found | None:
@@ -47,6 +49,8 @@ def training_checkpoint(config: RunConfig) -> Found | None:
             return found
     if section.load is None or not Path(section.load).is_dir():
         return None
+    if config.lora is not None and section.load_base_model is None:
+        return None  # --load names the base weights
     load = Path(section.load)
     if (load / dcp.PROGRESS_FILE).is_file():  # one iter_* folder instead of the root
         return checked(find(load), full_hash=section.verify)
@@ -64,10 +68,13 @@ def restore(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer:
         ema: the average, filled as well.
     """
     section, wan = config.checkpoint, model.config
-    views = global_views(model, groups)
+    views = adapters.trained_views(config, model, groups)
     found = first_decides(lambda: training_checkpoint(config))
-    if found is None:
+    if found is None or config.lora is not None:
         _load_weights(config, model, groups)
+    if found is None:
+        if config.lora is not None:
+            adapters.start_adapter(config, model, groups)
         optimizer.parameters_to_masters()
         if ema is not None:
             ema.restart(optimizer.masters())
@@ -93,7 +100,8 @@ def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups) -> N
     if found is None:
         init_weights(model, config.training.seed, groups)
         return
-    report = load_model_weights(found.path, global_views(model, groups), wan, expert=config.diffusion.expert,
+    base, _ = split_views(global_views(model, groups))
+    report = load_model_weights(found.path, base, wan, expert=config.diffusion.expert,
                                 full_hash=section.verify)
     if is_first():
         print(f" loaded {report.found.kind} weights from {report.found.path} "
@@ -101,20 +109,21 @@ def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups) -> N
 
 
 def weights_found(config: RunConfig, wan: WanConfig) -> Found | None:
-    """Return the weights that ``--load`` names, ``None`` for random initialisation. Rank 0.
+    """Return the (base) weights that the flags name, ``None`` for random initialisation. Rank 0.
 
     Raises:
         CheckpointError: nothing to load, another task or boundary, or another program's training checkpoint.
     """
     section = config.checkpoint
-    if section.load is None:
+    path = section.load_base_model or section.load
+    if path is None:
         if not section.from_scratch:
             raise CheckpointError("no weights to start from", where="--load",
                                   fix="set --load, or pass --from-scratch for random initialisation")
         return None
-    found = find(section.load, step=section.ckpt_step)
+    found = find(path, step=None if section.load_base_model else section.ckpt_step)
     check_card(found, config, wan, resuming=False)
-    if found.iteration is not None and not section.finetune:
+    if found.iteration is not None and not section.finetune and config.lora is None:
         raise CheckpointError(
             f"is iteration {found.iteration} of a run of another program; its optimizer state cannot be continued here",
             where=str(found.path), fix="pass --finetune to take its weights and start at iteration 0",
@@ -129,6 +138,12 @@ def check_card(found: Found, config: RunConfig, wan: WanConfig, *, resuming: boo
         CheckpointError: another task or boundary; when resuming, another shift as well.
     """
     card, diffusion = found.card, config.diffusion
+    if resuming:
+        adapters.check_same_kind(card, config, str(found.path))
+    elif "lora" in card:
+        raise CheckpointError("holds adapters, not the weights they belong to", where=str(found.path),
+                              fix="give the base weights with --load-base-model (LoRA), or merge the adapter first: "
+                              "mindspeed-wan lora merge")
     wanted = {"task": wan.task, "boundary": diffusion.boundary, **({"shift": diffusion.shift} if resuming else {})}
     for key, value in wanted.items():
         stored = card.get(key)

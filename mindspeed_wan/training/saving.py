@@ -17,6 +17,7 @@ from mindspeed_wan.checkpoint.lock import FolderLock
 from mindspeed_wan.config.schema import CheckpointSection
 from mindspeed_wan.errors import NumericsError
 from mindspeed_wan.parallel.agreement import first_decides, is_first
+from mindspeed_wan.training.adapters import AdapterFiles
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.optimizer import AdamW
 
@@ -31,14 +32,15 @@ class Saver:
         ema: the average, if there is one.
         card: content of ``wan.json``.
         lock: the folder's, held by rank 0.
+        adapters: writes the adapter files of a LoRA run into each folder.
     """
 
     def __init__(self, section: CheckpointSection, views: Mapping[str, Tensor], optimizer: AdamW, ema: Ema | None,
-                 card: Mapping[str, Any], lock: FolderLock) -> None:
+                 card: Mapping[str, Any], lock: FolderLock, adapters: AdapterFiles | None = None) -> None:
         assert section.save is not None
         self.root = Path(section.save)
         self._section, self._views, self._optimizer, self._ema, self._card = section, views, optimizer, ema, card
-        self._lock = lock
+        self._lock, self._adapters = lock, adapters
         self._group = background_group() if section.async_save else None
         self._pending: BackgroundSave | None = None
         self._saved: int | None = None
@@ -56,7 +58,8 @@ class Saver:
         started = time.perf_counter()
         state = dcp.state_views(self._views, self._optimizer, with_moments=not self._section.no_save_optim,
                                 ema=None if self._ema is None else self._ema.averages)
-        record = Record(replace(progress), self._card, self._section.keep_last)
+        attach = None if self._adapters is None else self._adapters.take(progress.iteration)
+        record = Record(replace(progress), self._card, self._section.keep_last, attach)
         self._saved = progress.iteration
         if self._section.async_save:
             self._pending = BackgroundSave(self.root, state, record, self._group)

@@ -19,12 +19,12 @@ from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.flops import latent_shape, training_flops
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import build_wan
-from mindspeed_wan.models.wan.views import global_views
 from mindspeed_wan.parallel.agreement import all_or_none, first_decides, is_first
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups
 from mindspeed_wan.parallel.recompute import RecomputePlan
 from mindspeed_wan.platforms.base import Platform
+from mindspeed_wan.training import adapters
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.encoders import Encoders
 from mindspeed_wan.training.guard import Guard
@@ -56,7 +56,7 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
         first_decides(lock.acquire)
     wan = WanConfig.from_dict(config.model.wan.to_dict())
     model = build_model(config, wan, groups, platform)
-    views = global_views(model, groups)
+    views = adapters.trained_views(config, model, groups)
     section = config.optimizer
     optimizer = AdamW(model.named_parameters(), betas=(section.beta1, section.beta2), eps=section.eps,
                       fused=section.fused)
@@ -83,7 +83,8 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
         evaluate=Validation(config, step, source, encoders) if evaluates else None,
     )
     if lock is not None:
-        _open_save_folder(run, views, model_card(config, wan), lock)
+        files = adapters.AdapterFiles(config, model, groups, ema) if config.lora is not None else None
+        _open_save_folder(run, views, model_card(config, wan), lock, files)
     return run
 
 
@@ -96,7 +97,7 @@ def parallel_dims(config: RunConfig, world_size: int) -> ParallelDims:
 
 
 def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platform: Platform) -> WanDiT:
-    """Build the sharded DiT with fp32 parameters; its values are still undefined.
+    """Build the sharded DiT with fp32 parameters (frozen ones: ``base_dtype``); its values are still undefined.
 
     bf16 goes through FSDP2 also where nothing is sharded: it keeps fp32 masters, gathers bf16 copies and reduces
     gradients in fp32.
@@ -109,14 +110,17 @@ def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platf
     if config.training.recompute.granularity == "full":
         first = config.training.recompute.num_layers if config.training.recompute.method == "block" else None
         recompute = RecomputePlan(first=first)
-    return build_wan(wan, groups=groups, platform=platform, param_dtype=torch.float32, fsdp2=fsdp2,
-                     residual_dtype=torch.float32 if config.model.fp32_residual else None, recompute=recompute)
+    return build_wan(wan, groups=groups, platform=platform, param_dtype=adapters.base_dtype(config),
+                     fsdp2=fsdp2,
+                     residual_dtype=torch.float32 if config.model.fp32_residual else None, recompute=recompute,
+                     modify=adapters.modifier(config))
 
 
 def train_step(config: RunConfig, model: WanDiT, groups: ParallelGroups, platform: Platform) -> TrainStep:
     """Return the step for this configuration."""
     world_size = groups.dims.world_size
-    return TrainStep(
+    kind = adapters.DropoutStep if config.lora is not None and config.lora.dropout else TrainStep
+    return kind(
         model, Objective(config.diffusion, config.training.seed), groups,
         accumulation=config.gradient_accumulation(world_size), micro_batch_size=config.training.micro_batch_size,
         device=platform.device(), clip_norm=config.optimizer.clip_grad,
@@ -143,7 +147,9 @@ def throughput(config: RunConfig, wan: WanConfig, world_size: int, platform: Pla
     """Return the rates of this run; FLOP are those of the configured clip size."""
     latent = latent_shape(config.data.num_frames, config.data.max_height, config.data.max_width)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    return Throughput(flops_per_sample=training_flops(wan, latent), global_batch_size=config.global_batch(world_size),
+    # A frozen base has no weight gradients: two of the three passes' worth of arithmetic.
+    flops = training_flops(wan, latent) * (1.0 if config.lora is None else 2 / 3)
+    return Throughput(flops_per_sample=flops, global_batch_size=config.global_batch(world_size),
                       world_size=world_size, peak_flops=platform.peak_flops(dtype))
 
 
@@ -153,11 +159,12 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object], lock: FolderLock) -> None:
+def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object], lock: FolderLock,
+                      files: adapters.AdapterFiles | None) -> None:
     """Write what produced the run and open its metrics on rank 0; an unwritable folder fails on every rank."""
     section = run.config.checkpoint
     save = str(section.save)
-    run.saver = Saver(section, views, run.optimizer, run.ema, card, lock)
+    run.saver = Saver(section, views, run.optimizer, run.ema, card, lock, files)
     first_decides(lambda: write_provenance(save, run.config.resolved()))
     if run.first_rank:
         run.writer = MetricsWriter(save, start=run.progress.iteration,

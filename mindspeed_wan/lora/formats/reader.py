@@ -19,7 +19,7 @@ from mindspeed_wan.lora.formats.grammar import DIFF_LEAF, FORMATS, Role, detect,
 from mindspeed_wan.lora.names import NameTable
 from mindspeed_wan.models.wan.config import WanConfig
 
-FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter.safetensors")
 """What to look for in a folder."""
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
