@@ -13,7 +13,7 @@ from mindspeed_wan.models.wan.param_map import parameter_table
 from tests.helpers.oracle import TINY, Batch, diffusers_model, mm_state_dict, random_batch, relative_error
 
 MID = WanConfig(
-    num_layers=4, dim=512, ffn_dim=1024, num_heads=8, in_channels=16, out_channels=16, text_dim=64, text_len=32
+    num_layers=4, dim=512, ffn_dim=1024, num_heads=4, in_channels=16, out_channels=16, text_dim=64, text_len=32
 )
 WAN21_I2V = TINY.with_changes(in_channels=8, image_dim=48, text_len=512)  # diffusers tells image from text by 512
 
