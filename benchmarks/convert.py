@@ -148,10 +148,12 @@ def measure(verb: str, source: Path, target: Path, size: int, work: Path) -> dic
     seconds, cpu, peak = timed([*command, verb, str(source), str(target), "--quiet"])
     rates.append(copy_rate(source, work))
     equal = timed([*command, "verify", str(source), str(target), "--quiet"])[0]
-    rate, disk = size / seconds, sum(rates) / len(rates)
+    rate = size / seconds
+    disk = len(rates) / sum(1 / r for r in rates)  # bytes of both copies over their seconds
     result = {"verb": verb, "seconds": round(seconds, 1), "GB_per_s": round(rate / 1e9, 3),
               "copy_GB_per_s": [round(r / 1e9, 3) for r in rates], "share_of_copy_rate": round(rate / disk, 3),
-              "cpu_seconds": round(cpu, 1), "peak_rss_anon_MiB": round(peak / 2**20),
+              "cpu_seconds": round(cpu, 1), "load_average": round(os.getloadavg()[1], 1),
+              "peak_rss_anon_MiB": round(peak / 2**20),
               "bit_equal": True, "compare_seconds": round(equal, 1)}
     print(json.dumps(result), flush=True)
     return result

@@ -95,7 +95,8 @@ def write_manifest(folder: str | os.PathLike[str], extra: Mapping[str, Any] | No
     target = folder / MANIFEST_NAME
     content = {**(extra or {}), "version": _MANIFEST_VERSION, "files": files}
     try:
-        target.write_text(json.dumps({**content, "seal": _seal(content)}, indent=1), encoding="utf-8")  # flushed by commit_folder with everything else
+        # Flushed by commit_folder with everything else.
+        target.write_text(json.dumps({**content, "seal": _seal(content)}, indent=1), encoding="utf-8")
     except OSError as error:
         raise disk_error(error, target) from None
     return target
