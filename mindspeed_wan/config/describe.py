@@ -109,6 +109,8 @@ def _memory(config: RunConfig) -> str:
         kept = "activations kept"
     else:
         kept = f"recompute {'all' if recompute.method == 'uniform' else f'the first {recompute.num_layers}'} blocks"
+        kept += f", one in {recompute.every_k}" if recompute.every_k > 1 else ""
+        kept += " but attention" if recompute.keep_attention else ""
     ema = f", EMA {training.ema_decay:g}" if training.ema_decay else ""
     weights = f"frozen {training.precision} base, fp32 adapters" if config.lora else "fp32 master weights"
     return f"{training.precision} compute, {weights}, {kept}{ema}"

@@ -147,8 +147,8 @@ def recompute_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     """No more blocks are recomputed than there are, and the details come with the switch itself."""
     recompute, blocks = config.training.recompute, config.model.wan.num_layers
     if recompute.granularity == "none":
-        if "method" in recompute.model_fields_set or "num_layers" in recompute.model_fields_set:
-            message = "--recompute-method and --recompute-num-layers do nothing by themselves"
+        if recompute.model_fields_set - {"granularity"}:
+            message = "--recompute-method, --recompute-num-layers and the like do nothing by themselves"
             return mistake(message, "add --recompute-granularity full, or leave them out")
         return []
     if recompute.num_layers <= blocks:

@@ -103,6 +103,10 @@ class RecomputeSection(Section):
     """uniform: every block; block: the first num_layers blocks. Each block is recomputed alone."""
     num_layers: int = Field(default=1, ge=1)
     """Read with block."""
+    every_k: int = Field(default=1, ge=1)
+    """Of these blocks, recompute number 0, k, 2k ...; 1 is all of them."""
+    keep_attention: bool = False
+    """Keep the results of attention, which is most of a block's work at video lengths, and recompute the rest."""
 
 
 class TrainingSection(Section):

@@ -107,9 +107,10 @@ def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platf
     if config.parallel.use_torch_fsdp2 or bf16:
         fsdp2 = config.fsdp2.model_copy(update={"param_dtype": config.training.precision})
     recompute = None
-    if config.training.recompute.granularity == "full":
-        first = config.training.recompute.num_layers if config.training.recompute.method == "block" else None
-        recompute = RecomputePlan(first=first)
+    section = config.training.recompute
+    if section.granularity == "full":
+        first = section.num_layers if section.method == "block" else None
+        recompute = RecomputePlan(first=first, every_k=section.every_k, keep_attention=section.keep_attention)
     return build_wan(wan, groups=groups, platform=platform, param_dtype=adapters.base_dtype(config),
                      fsdp2=fsdp2,
                      residual_dtype=torch.float32 if config.model.fp32_residual else None, recompute=recompute,

@@ -140,6 +140,8 @@ BROKEN_FLAGS: list[tuple[list[str], str]] = [
     (["--ckpt-format", "torch"], "mm-convert dcp_to_mm"),
     (["--recompute-granularity", "selective"], "use full"),
     (["--recompute-num-layers", "2"], "add --recompute-granularity full"),
+    (["--recompute-every", "2"], "add --recompute-granularity full"),
+    (["--recompute-skip-core-attention"], "add --recompute-granularity full"),
     (["--mm-model", "/nowhere/model.json"], "does not exist"),
     (["--trust-remote-code"], "no code"),
     (["--expert", "low"], "contradicts"),
