@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.layouts:
         best = plan.layouts[0]
         if not args.json and job.training:
-            print(f"\nstart it: {report.flags(best)} bash examples/wan2.2/A14B/t2v/pretrain_high.sh")
+            print("", *report.start(best, args.task.partition("-")[0]), sep="\n")
         if args.scaling or args.plot:
             values["scaling"] = _scaling(args, best)
     if args.json:

@@ -17,6 +17,8 @@ from mindspeed_wan.planning.memory import MemoryPlan, plan_memory
 
 MAX_TENSOR = 8
 MAX_CONTEXT = 64
+USABLE = 0.95
+"""Share of a device's memory a layout may fill: drivers keep some, and clips of a bucket differ in size."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,11 @@ def _fit_recompute(job: Job, fixed: int | None) -> tuple[str, Layout | str]:
     low, high = (fixed, fixed) if fixed is not None else (0, layers)
     most = job.with_changes(recomputed=high)
     memory = plan_memory(most)
-    if memory.total > job.device.memory:
+    if not _fits(memory, job):
         return describe(most), _too_large(memory, job)
     while low < high:
         middle = (low + high) // 2
-        if plan_memory(job.with_changes(recomputed=middle)).total <= job.device.memory:
+        if _fits(plan_memory(job.with_changes(recomputed=middle)), job):
             high = middle
         else:
             low = middle + 1
@@ -189,15 +191,19 @@ def _generations(job: Job, wanted: Search) -> Iterator[tuple[str, Layout | str]]
         for experts in (2, 1):
             one = job.with_changes(cfg=cfg, experts=experts)
             memory = plan_memory(one)
-            if memory.total <= job.device.memory:
+            if _fits(memory, job):
                 yield describe(one), Layout(one, memory, plan_duration(one))
                 break
             if experts == 1:
                 yield describe(one), _too_large(memory, job)
 
 
+def _fits(memory: MemoryPlan, job: Job) -> bool:
+    return memory.total <= USABLE * job.device.memory
+
+
 def _too_large(memory: MemoryPlan, job: Job) -> str:
     peak = memory.peak
     name, size = max(peak.parts.items(), key=lambda part: part[1])
-    return (f"needs {memory.total / GIB:.1f} GiB, the {job.device.name} has {job.device.memory / GIB:.0f}"
-            f" ({peak.name}; largest part: {name}, {size / GIB:.1f} GiB)")
+    return (f"needs {memory.total / GIB:.1f} GiB, the {job.device.name} has {USABLE * job.device.memory / GIB:.1f} to"
+            f" fill ({peak.name}; largest part: {name}, {size / GIB:.1f} GiB)")

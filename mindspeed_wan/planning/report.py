@@ -105,8 +105,8 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
     }
 
 
-def flags(layout: Layout) -> str:
-    """Return the variables and flags that start this layout with the launch scripts."""
+def start(layout: Layout, task: str) -> list[str]:
+    """Return how this layout is started with the launch scripts: the line, and what the FSDP2 file must say."""
     job, dims = layout.job, layout.job.dims
     words = [f"TP={dims.tensor}", f"CP={dims.context}"] + (["SP=1"] if dims.sequence_parallel else [])
     if dims.ring > 1:
@@ -115,7 +115,14 @@ def flags(layout: Layout) -> str:
     words += [f"MBS={job.micro_batch}", f"GRAD_ACC_STEP={job.accumulation}"]
     if not job.fsdp2:
         words.append("FSDP_CONFIG=")
-    return " ".join(words)
+    words.append(f"bash examples/wan2.2/A14B/{task}/pretrain_high.sh")
+    if job.recomputed > 0 and (job.recomputed < job.model.num_layers or not job.fsdp2):
+        words.append(f"--recompute-granularity full --recompute-method block --recompute-num-layers {job.recomputed}")
+    lines = [f"start it: {' '.join(words)}"]
+    if job.fsdp2:
+        lines += ["  with recompute_modules: [] in the FSDP2 file (FSDP_CONFIG)"] if not job.recomputed else []
+        lines += [f"  with sharding_size: {dims.shard_size} in the FSDP2 file"] if dims.replicas > 1 else []
+    return lines
 
 
 def plot_scaling(weak: Sequence[ScalingRow], strong: Sequence[ScalingRow], path: Path, title: str) -> None:

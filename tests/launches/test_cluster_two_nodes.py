@@ -1,4 +1,4 @@
-"""Two nodes x two ranks on loopback, started as a Volcano job starts them: killed, requeued, and bit-equal at the end."""
+"""Two nodes x two ranks on loopback, as a Volcano job starts them: killed, requeued, bit-equal at the end."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ class Nodes:
                   "RETRY_EXIT_CODE": "138", "OMP_NUM_THREADS": "1", "LOG_FOLDER": str(self.save / "logs")}
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
         flags = world.flags(self.save, "--save-interval", "4", iters=ITERATIONS)
+        entry, script = EXAMPLES / "cluster" / "entry.sh", EXAMPLES / "A14B" / "t2v" / "pretrain_high.sh"
         return subprocess.Popen(
-            ["bash", str(EXAMPLES / "cluster" / "entry.sh"), str(EXAMPLES / "A14B" / "t2v" / "pretrain_high.sh"), *flags],
+            ["bash", str(entry), str(script), *flags],
             env={**kept, **launch, **scheduler}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
         )

@@ -20,7 +20,8 @@ RETRY_CODE = 138
 """128 + SIGUSR1: Kubeflow's "user-defined, retryable"."""
 ENTRY = "examples/wan2.2/cluster/entry.sh"
 _RESOURCE = {"npu": "huawei.com/Ascend910", "cuda": "nvidia.com/gpu"}
-_DRIVER = ("/usr/local/Ascend/driver", "/usr/local/Ascend/add-ons", "/usr/local/sbin/npu-smi", "/etc/ascend_install.info")
+_DRIVER = ("/usr/local/Ascend/driver", "/usr/local/Ascend/add-ons", "/usr/local/sbin/npu-smi",
+           "/etc/ascend_install.info")
 
 
 def pytorch_job(spec: ClusterSpec) -> dict[str, Any]:

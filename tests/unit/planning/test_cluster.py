@@ -47,7 +47,8 @@ SHAPES: dict[str, Any] = {
         "replicaSpecs": {"Master": REPLICA, "Worker": REPLICA}}},
     "modelarts": {"kind": TEXT, "metadata": {"name": TEXT, "workspace_id": TEXT, "annotations": dict},
                   "algorithm": {"engine": {"image_url": TEXT}, "command": TEXT, "environments": dict},
-                  "spec": {"resource": {"flavor_id": TEXT, "node_count": NUMBER}, "log_export_path": {"obs_url": TEXT}}},
+                  "spec": {"resource": {"flavor_id": TEXT, "node_count": NUMBER},
+                           "log_export_path": {"obs_url": TEXT}}},
 }
 """Required keys and their types, read off each API's reference; a list's one item describes all of its items."""
 
@@ -95,8 +96,8 @@ def test_every_node_gets_the_environment(target: str, spec: ClusterSpec, tmp_pat
 def environments(job: Any) -> list[dict[str, str]]:
     """Every container's variables, wherever they stand."""
     if isinstance(job, dict):
-        found = [{v["name"]: v.get("value", "") for v in job["env"]}] if isinstance(job.get("env"), list) and job["env"] \
-            else []
+        listed = job.get("env")
+        found = [{v["name"]: v.get("value", "") for v in listed}] if isinstance(listed, list) and listed else []
         found += [job["environments"]] if "environments" in job else []
         return found + [e for value in job.values() for e in environments(value)]
     return [e for item in job for e in environments(item)] if isinstance(job, list) else []

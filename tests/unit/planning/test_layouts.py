@@ -15,7 +15,7 @@ from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.planning.devices import PRESETS, device
 from mindspeed_wan.planning.job import Job
-from mindspeed_wan.planning.layouts import Search, search
+from mindspeed_wan.planning.layouts import USABLE, Search, search
 from mindspeed_wan.planning.memory import plan_memory
 from mindspeed_wan.planning.scaling import scaling
 
@@ -30,7 +30,7 @@ def test_every_layout_found_is_legal_and_fits(job: Job) -> None:
     assert plan.layouts
     for layout in plan.layouts:
         layout.job.dims.validate(num_heads=40, ffn_dim=13824)
-        assert layout.memory.total <= job.device.memory
+        assert layout.memory.total <= USABLE * job.device.memory
 
 
 def test_layouts_come_fastest_first(job: Job) -> None:
@@ -53,7 +53,7 @@ def test_no_more_blocks_are_recomputed_than_must_be(job: Job) -> None:
     best = search(job, Search(devices=16)).layouts[0]
     assert 0 < best.job.recomputed < 40
     fewer = best.job.with_changes(recomputed=best.job.recomputed - 1)
-    assert plan_memory(fewer).total > job.device.memory
+    assert plan_memory(fewer).total > USABLE * job.device.memory
 
 
 def test_a_global_batch_is_kept_or_refused(job: Job) -> None:
@@ -95,6 +95,18 @@ def test_command_prints_json_and_plots(capsys: pytest.CaptureFixture[str], tmp_p
     assert sum(best["seconds"].values()) == pytest.approx(best["step_seconds"])
     assert [row["devices"] for row in values["scaling"]["weak"]] == [32, 64, 128, 256]
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_start_line_reproduces_the_layout(job: Job) -> None:
+    """Its flags, read by the trainer's own parser, give the degrees that were planned."""
+    from mindspeed_wan.planning.report import start
+
+    plan = search(job, Search(devices=32, tensor=2, context=4, ulysses=2, shard=8))
+    line, *rest = start(plan.layouts[0], "t2v")
+    for word in ("TP=2", "CP=4", "SP=1", "CP_ALGO=hybrid_cp_algo", "ULYSSES_DEGREE=2", "--recompute-method block"):
+        assert word in line
+    assert f"--recompute-num-layers {plan.layouts[0].job.recomputed}" in line
+    assert rest == ["  with sharding_size: 8 in the FSDP2 file"]
 
 
 def test_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
