@@ -32,7 +32,7 @@ class RowSource:
 
 
 @lru_cache(maxsize=8)
-def _json_positions(file: str) -> dict[tuple[str | int, ...], int]:
+def _json_positions(file: str, version: tuple[int, int]) -> dict[tuple[str | int, ...], int]:
     from mindspeed_wan.config.jsonc import parse_jsonc
     from mindspeed_wan.data.text_files import read_text
 
@@ -40,7 +40,8 @@ def _json_positions(file: str) -> dict[tuple[str | int, ...], int]:
 
 
 def _json_line(file: str, item: int) -> int:
-    return _json_positions(file).get((item,), 1)
+    stat = Path(file).stat()  # a file that was mended while a program runs is looked at again
+    return _json_positions(file, (stat.st_mtime_ns, stat.st_size)).get((item,), 1)
 
 
 @dataclass(frozen=True)
