@@ -186,8 +186,9 @@ def retention(tally: Tally, count: int, folder: Path) -> None:
 
 
 TORN = [b"", b" ", b"\n", b"1000x", b"-1", b"+1", b"1.5", b"1e3", b"0x10", b"release\nx", b"Release", b"releas", b"\0",
-        b"\0\0\0\0", b"7\0", b"\xff\xfe7\0", b"\xef\xbb\xbf", b"1 2", b"None", b"nan", b"true", b"[1]", b'"1"', b"iter_1",
-        b"iter_0000001", b"../1", b"1/..", b"9" * 100, b"x" * (10 << 20), "٣".encode(), b"999", b"1\n2", b"\x1a"]
+        b"\0\0\0\0", b"7\0", b"\xff\xfe7\0", b"\xef\xbb\xbf", b"1 2", b"None", b"nan", b"true", b"[1]", b'"1"',
+        b"iter_1", b"iter_0000001", b"../1", b"1/..", b"9" * 100, b"x" * (10 << 20), "٣".encode(), b"999", b"1\n2",
+        b"\x1a"]
 
 
 def torn_trackers(tally: Tally, count: int, folder: Path) -> None:

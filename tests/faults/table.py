@@ -1,0 +1,149 @@
+"""``make faults``: run the properties T1 to T24 with their long counts and print one table.
+
+    python -m tests.faults.table [--small] [--only T1,T3] [--out benchmarks/results/faults.json]
+
+Results of earlier runs in the same file are kept for the properties that are not run, with the date they were run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.harness import Property, Tally
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "faults.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One property: where its cases are, how many run in the default suite and in ``make faults``, and what passes."""
+
+    name: str
+    title: str
+    module: str
+    function: str
+    small: int
+    long: int
+    figure: str
+    note: str = ""
+
+    def load(self) -> Property:
+        """Return the function that runs the cases."""
+        return getattr(importlib.import_module(f"tests.faults.{self.module}"), self.function)  # type: ignore[no-any-return]
+
+
+ROWS: tuple[Row, ...] = (
+    Row("T1", "kill -9 during a save: resumes, nothing partial named", "saves", "killed_saves", 3, 50, "50/50"),
+    Row("T2", "kill -9 during a background save: tracker never ahead", "saves", "killed_background_saves", 3, 50,
+        "50/50"),
+    Row("T3", "bit flips, truncations, zero pages: found, survived", "saves", "rot", 32, 160, "160/160"),
+    Row("T4", "saving over leftovers, 2 ranks", "saves", "leftovers", 5, 20, "20/20"),
+    Row("T5", "retention keeps exactly the newest whole ones", "saves", "retention", 20, 100, "100/100"),
+    Row("T6", "torn trackers: one line, exit 4", "saves", "torn_trackers", 33, 33, "30/30"),
+    Row("T7", "killed at steps 7 and 13 of 20: same bits as straight", "runs", "bitwise_resume", 0, 8, "8/8"),
+    Row("T8", "reshard over all (TP, CP, FSDP2) pairs, world <= 4", "reshard", "reshard", 1, 100, "all"),
+    Row("T9", "data order over DP 2 -> 1 -> 2: every sample once", "inputs", "data_order", 20, 100, "0 repeats"),
+    Row("T10", "SIGTERM, SIGUSR1, twice, during saves: exit 75, bits", "runs", "signals", 1, 30, "30/30"),
+    Row("T11", "kill -9 one rank: restarted, finished", "runs", "killed_ranks", 0, 20, "20/20"),
+    Row("T12", "hung rank: named, stacks, exit 6", "runs", "hung_ranks", 0, 4, "all"),
+    Row("T13", "NaN, Inf, spike on one rank: nothing moves, policy kept", "runs", "bad_numbers", 2, 12, "all"),
+    Row("T14", "same seed, same bits: fp32, bf16, workers 0 and 2", "runs", "determinism", 0, 10, "10/10"),
+    Row("T15", "odd and damaged media: one line each", "inputs", "bad_media", 12, 100, "60/60"),
+    Row("T16", "damaged annotations: file, line, hint", "inputs", "bad_annotations", 60, 100, "60/60"),
+    Row("T17", "hostile checkpoints: refused, nothing executed", "inputs", "hostile_files", 40, 100, "25/25"),
+    Row("T18a", "disk full during a save: the old one stays, exit 3", "saves", "full_disk_saves", 3, 20, "20/20"),
+    Row("T18b", "disk full during a conversion: the old result stays, exit 3", "inputs", "full_disk_conversions", 3, 20,
+        "20/20"),
+    Row("T19", "conversion round trips are bit-equal", "inputs", "round_trips", 2, 18, "all"),
+    Row("T20", "mutated weights refused by the converter", "inputs", "mutations", 10, 120, "100/100"),
+    Row("T21a", "typos in config keys refused", "inputs", "key_typos", 20, 200, "200/200"),
+    Row("T21b", "typos in flags refused", "inputs", "flag_typos", 50, 200, "200/200"),
+    Row("T21c", "of these, the message names the right word", "inputs", "named_typos", 50, 400, ">= 95 %"),
+    Row("T22", "exit codes, through the shell launchers too", "inputs", "exit_codes", 2, 19, "0 false successes"),
+    Row("T23", "two jobs on one save path, two conversions of one target", "inputs", "concurrent_use", 2, 20, "20/20"),
+    Row("T24", "no network: train, convert, generate; 0 connections tried", "runs", "offline", 0, 3, "3/3"),
+    Row("modes", "file modes follow the umask", "saves", "file_modes", 4, 4, "4/4"),
+)  # fmt: skip
+
+
+def run_row(row: Row, count: int) -> Tally:
+    """Run the cases of one property in a fresh folder."""
+    tally, started = Tally(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"faults-{row.name}-") as folder:
+        row.load()(tally, count, Path(folder))
+    tally.seconds = time.monotonic() - started
+    return tally
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the table of a results file."""
+    lines = ["| # | property | counts run | passed | pass figure |", "|---|---|---:|---:|---|"]
+    for row in ROWS:
+        found = results["properties"].get(row.name)
+        run, passed = (found["run"], found["passed"]) if found else ("not run", "-")
+        lines.append(f"| {row.name} | {row.title} | {run} | {passed} | {row.figure} |")
+    return "\n".join(lines)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {"properties": {}}
+
+
+def _note(path: Path, row: Row, tally: Tally) -> dict[str, Any]:
+    """Add one result to the file; it is read again each time, so that two tables may be made side by side."""
+    import torch
+
+    results = _load(path)
+    results["machine"] = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system()}
+    results["properties"][row.name] = {
+        "property": row.title, "run": tally.run, "passed": tally.passed, "figure": row.figure,
+        "seconds": round(tally.seconds, 1), "date": time.strftime("%Y-%m-%d"), "problems": tally.problems[:20],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return results
+
+
+def main() -> int:
+    """Run, print the table, return 1 if a case failed."""
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description="Count what survives.")
+    parser.add_argument("--small", action="store_true", help="the counts of the default test suite")
+    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--count", type=int, help="another count, with --only")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    names = [name for name in args.only.split(",") if name]
+    unknown = set(names) - {row.name for row in ROWS}
+    if unknown:
+        parser.error(f"no such property: {', '.join(sorted(unknown))}")
+    failed = 0
+    for row in ROWS:
+        count = args.count or (row.small if args.small else row.long)
+        if (names and row.name not in names) or not count:
+            continue
+        tally = run_row(row, count)
+        failed += tally.run - tally.passed
+        print(f"{row.name:5} {tally.passed}/{tally.run} in {tally.seconds:.0f} s", *tally.problems, sep="\n      ",
+              flush=True)
+        _note(args.out, row, tally)
+    print(markdown(_load(args.out)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
