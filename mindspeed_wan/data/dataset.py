@@ -28,8 +28,7 @@ class Sample:
     """One training sample.
 
     ``index`` and ``epoch`` are the key it was asked for under (its randomness belongs to it); ``source`` is the clip
-    it came from, another one when that was unreadable, and ``bad`` says which were. ``video`` is [3, F, h, w], fp32
-    in [-1, 1].
+    it came from, another one when that was unreadable, and ``bad`` says which were. ``video`` is [3, F, h, w] uint8.
     """
 
     index: int
@@ -205,7 +204,7 @@ class ClipDataset(KeyedDataset):
         return give_up(bad)
 
     def read(self, epoch: int, index: int) -> Tensor:
-        """Decode and transform one clip to [3, F, h, w] fp32.
+        """Decode and transform one clip to [3, F, h, w] uint8.
 
         Raises:
             DataError: the clip cannot be read, or is not what its annotation says.

@@ -26,7 +26,7 @@ from mindspeed_wan.data.dataset import ClipDataset
 from mindspeed_wan.data.feature_cache import ClipContent, EncoderChoice, Identity
 from mindspeed_wan.errors import DataError
 from mindspeed_wan.models.text_encoder import TextEncoder
-from mindspeed_wan.models.vae import Tiling, WanVAE
+from mindspeed_wan.models.vae import Tiling, WanVAE, unit_range
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STALE_SECONDS = 900.0
@@ -196,7 +196,7 @@ class Builder:
         index, name = row["index"], row["name"]
         found: dict[str, Tensor] = {}
         for variant in range(self.identity.variants):
-            video = self.dataset.read(variant, index)
+            video = unit_range(self.dataset.read(variant, index))
             found[f"{name}/latents/{variant}"] = self.encoder.encode_clip(video).cpu().contiguous()
             if self.identity.task == "i2v":
                 still = torch.zeros_like(video)

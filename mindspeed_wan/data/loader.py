@@ -21,10 +21,10 @@ from mindspeed_wan.errors import DataError, ResourceError
 class MicroBatch:
     """Samples that go through the model together; all of one shape.
 
-    ``keys``: (sample index, epoch) of each, the name of its randomness. ``video`` [B, 3, F, H, W] fp32 in [-1, 1] and
-    ``captions`` when clips are encoded online; from a feature cache instead ``latents`` [B, 16, f, h, w] fp32
-    normalised, ``text`` (unpadded [L_i, C] states) and for I2V ``condition`` [B, 16, f, h, w], the latents of the
-    first frame followed by grey.
+    ``keys``: (sample index, epoch) of each, the name of its randomness. ``video`` [B, 3, F, H, W] uint8 (see
+    ``models.vae.unit_range``) and ``captions`` when clips are encoded online; from a feature cache instead ``latents``
+    [B, 16, f, h, w] fp32 normalised, ``text`` (unpadded [L_i, C] states) and for I2V ``condition`` [B, 16, f, h, w],
+    the latents of the first frame followed by grey.
     """
 
     keys: list[tuple[int, int]]

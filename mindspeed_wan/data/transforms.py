@@ -1,8 +1,11 @@
-"""Decoded frames to a training tensor: resize, crop, scale to [-1, 1]. torch only.
+"""Decoded frames to a training sample: resize and crop. torch only.
 
-As in MindSpeed-MM's pipeline the first resize works on 8-bit frames (the result is rounded to 8 bits) and without
+As in MindSpeed-MM's pipeline the resize works on 8-bit frames (the result is rounded to 8 bits) and without
 antialiasing: that is what ``ResizeVideo`` of its data.json does, and what its users' results were made with. Shrinking
 by more than 2 aliases; ``antialias=True`` avoids that.
+
+Samples stay 8-bit: a quarter of the bytes of fp32 travels between processes and to the device, where
+``models.vae.unit_range`` scales them to [-1, 1] (ToTensorVideo and norm_fun of the pipeline).
 """
 
 from __future__ import annotations
@@ -25,29 +28,15 @@ def to_sample(frames: np.ndarray, plan: SizePlan, settings: ClipSettings, draws:
         draws: two numbers in [0, 1) that place a random crop (down, across).
 
     Returns:
-        fp32 [3, F, h, w] in [-1, 1].
+        uint8 [3, F, h, w].
     """
-    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [F, 3, H, W], a view; channels_last in memory
-    clip = resize(clip, plan.resized, settings)
-    clip = _cut(clip, plan.cropped, draws if settings.crop == "random" else None)
-    values = clip.to(torch.float32).div_(255.0).sub_(0.5).div_(0.5)
-    values = resize(values, plan.out, settings)
-    return values.permute(1, 0, 2, 3).contiguous()
-
-
-def resize(clip: Tensor, size: tuple[int, int], settings: ClipSettings) -> Tensor:
-    """Resize [F, 3, H, W] (uint8 or fp32; the type is kept) to (height, width)."""
-    if tuple(clip.shape[-2:]) == size:
-        return clip
-    return F.interpolate(clip, size=size, mode=settings.interpolation, align_corners=False,
-                         antialias=settings.antialias)
-
-
-def _cut(clip: Tensor, size: tuple[int, int], draws: tuple[float, float] | None) -> Tensor:
-    """Cut (height, width) out of the centre, or at a random place."""
-    spare = [have - want for have, want in zip(clip.shape[-2:], size)]
-    if draws is None:
-        top, left = (round(extra / 2.0) for extra in spare)
-    else:
+    clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))  # no copy of planar memory
+    if tuple(clip.shape[-2:]) != plan.resized:
+        clip = F.interpolate(clip, size=plan.resized, mode=settings.interpolation, align_corners=False,
+                             antialias=settings.antialias)
+    spare = [have - want for have, want in zip(plan.resized, plan.out)]
+    if settings.crop == "random":
         top, left = (int(draw * (extra + 1)) for draw, extra in zip(draws, spare))
-    return clip[..., top : top + size[0], left : left + size[1]]
+    else:
+        top, left = (round(extra / 2.0) for extra in spare)
+    return clip[..., top : top + plan.out[0], left : left + plan.out[1]].contiguous()

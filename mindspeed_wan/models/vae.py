@@ -113,7 +113,7 @@ class WanVAE:
         """Encode a video to normalised latents.
 
         Args:
-            video: [B, 3, F, H, W] in [-1, 1]; F is 4k+1, H and W are multiples of 8. Any floating dtype.
+            video: [B, 3, F, H, W]; F is 4k+1, H and W are multiples of 8. Floating in [-1, 1], or uint8 in [0, 255].
             do_sample: draw from the posterior instead of taking its mean (the official model takes the mean).
             generator: CPU generator of the draw, so that it is the same on every device.
 
@@ -121,7 +121,7 @@ class WanVAE:
             fp32 [B, 16, 1 + (F-1)/4, H/8, W/8] on the VAE's device: (z - mean) / std per channel.
         """
         check_video_shape(video.shape)
-        inputs = video.to(self.device, self.dtype)
+        inputs = unit_range(video.to(self.device)).to(self.dtype)
         if self.runner is not None:
             moments = self.runner.encode(inputs).float()
         else:
@@ -178,6 +178,13 @@ class WanVAE:
         self.model.use_tiling = tiling is not None
         if tiling is not None:
             self.model.enable_tiling(tiling.height, tiling.width, tiling.stride_height, tiling.stride_width)
+
+
+def unit_range(video: Tensor) -> Tensor:
+    """Scale uint8 [0, 255] to fp32 [-1, 1] with the official operations; floating tensors pass unchanged."""
+    if video.dtype != torch.uint8:
+        return video
+    return video.to(torch.float32).div_(255.0).sub_(0.5).div_(0.5)
 
 
 def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from mindspeed_wan.config.schema import RunConfig, VaeSection
 from mindspeed_wan.data.loader import MicroBatch
 from mindspeed_wan.diffusion import randomness
 from mindspeed_wan.models.text_encoder import TextEncoder, pad_states
-from mindspeed_wan.models.vae import Tiling, WanVAE
+from mindspeed_wan.models.vae import Tiling, WanVAE, unit_range
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.training.objective import SampleKey
@@ -117,6 +117,7 @@ class Encoders:
     def _encode_first_frame(self, clip: Tensor) -> Tensor:
         """Encode the first frame followed by grey (0 in [-1, 1]), as the official I2V does."""
         assert self.vae is not None
+        clip = unit_range(clip.to(self.device))
         still = torch.zeros_like(clip)
         still[:, :1] = clip[:, :1]
         return self.vae.encode(still[None])[0]

@@ -24,6 +24,7 @@ from mindspeed_wan.data.mm_features import MMFeatureDataset
 from mindspeed_wan.data.plan import ClipSettings
 from mindspeed_wan.data.sampler import GlobalBatchSampler
 from mindspeed_wan.errors import CheckpointError, DataError, ResourceError
+from mindspeed_wan.models.vae import unit_range
 from tests.helpers.tiny import tiny_clips, tiny_pipeline_folder
 
 SETTINGS = ClipSettings(num_frames=9, max_height=32, max_width=48, caption_dropout=0.3)
@@ -81,7 +82,7 @@ def test_i2v_condition_is_the_first_frame_followed_by_grey(tmp_path):
     folder = tiny_pipeline_folder(task="i2v")
     build(tmp_path / "c", clips(tiny_clips()), task="i2v", encoders=choice(folder))
     dataset, online = FeatureDataset(tmp_path / "c"), clips(tiny_clips())
-    sample, video = dataset[(0, 5)], online[(0, 5)].video
+    sample, video = dataset[(0, 5)], unit_range(online[(0, 5)].video)
     still = torch.cat((video[:, :1], torch.zeros_like(video[:, 1:])), dim=1)
     encoders = WanEncoders(choice(folder), "cpu")
     assert torch.equal(sample.condition, encoders.encode_clip(still))
