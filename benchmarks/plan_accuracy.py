@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -220,33 +220,41 @@ def planned_peaks(case: Case) -> dict[str, float]:
     return {"step": max(moments.values()), "update": update}
 
 
+def compared(case: Case, peaks: dict[str, float]) -> dict[str, Any]:
+    """Return a row: the case, its measured peaks, what was planned, the relative errors."""
+    planned = planned_peaks(case)
+    errors = {name: round(planned[name] / peaks[name] - 1, 4) for name in planned}
+    print(f"  {case.name:<42} step {peaks['step'] / 1e6:7.1f} MB {errors['step']:+.1%}"
+          f"  update {peaks['update'] / 1e6:7.1f} MB {errors['update']:+.1%}", flush=True)
+    return {"case": asdict(case), "measured_bytes": peaks, "planned_bytes": planned, "error": errors}
+
+
 def measured() -> list[dict[str, Any]]:
-    """Run every case; return planned and measured bytes and the relative error."""
+    """Run every case and compare."""
     from tests.helpers.spawn import run_ranks
 
-    rows = []
-    for case in CASES:
-        peaks, planned = measure(case, run_ranks), planned_peaks(case)
-        errors = {name: round(planned[name] / peaks[name] - 1, 4) for name in planned}
-        rows.append({"case": asdict(replace(case)), "measured_bytes": peaks, "planned_bytes": planned, "error": errors})
-        print(f"  {case.name:<42} step {peaks['step'] / 1e6:7.1f} MB {errors['step']:+.1%}"
-              f"  update {peaks['update'] / 1e6:7.1f} MB {errors['update']:+.1%}", flush=True)
-    return rows
+    return [compared(case, measure(case, run_ranks)) for case in CASES]
+
+
+def measured_before(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare the peaks of an earlier run with what is planned now."""
+    cases = (Case(**{**row["case"], "latent": tuple(row["case"]["latent"])}) for row in rows)
+    return [compared(case, row["measured_bytes"]) for case, row in zip(cases, rows)]
 
 
 def main() -> None:
     """Print the errors and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", action="store_true", help="leave the measured memory as it is in the file")
+    parser.add_argument("--published", action="store_true", help="measure nothing: take the peaks that are in the file")
     args = parser.parse_args()
     result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     result["published_times"] = published()
     for row in result["published_times"]:
         print(f"  {row['source']:<26} {row['what']:<38} {row['published_seconds']:8.1f} s {row['error']:+7.1%}"
               f"  {'fitted' if row['fitted'] else ''}")
-    if not args.published:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        result["measured_memory"] = measured()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    earlier = result.get("measured_memory", [])
+    result["measured_memory"] = measured_before(earlier) if args.published else measured()
     RESULT.parent.mkdir(exist_ok=True)
     temporary = RESULT.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -103,7 +103,7 @@ class LivePeak(TorchDispatchMode):
 
     def _watch_storage(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
-        if storage.device.type != "cpu" or key in self._sizes:
+        if key in self._sizes:
             return
         weakref.finalize(storage, self._forget, key)
         self._set(key, storage.nbytes())

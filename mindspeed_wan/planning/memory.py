@@ -132,14 +132,19 @@ def _text_activations(job: Job) -> float:
 
 
 def outside_activations(job: Job) -> float:
-    """Bytes kept by embeddings, head and loss."""
+    """Bytes kept by embeddings, head and loss; the head normalises and projects in fp32."""
     model, e = job.model, job.element
-    n, rows = job.local_tokens, model.text_len * job.micro_batch
-    final = model.dim * (job.residual if job.residual == 4 else 4 + job.residual) + model.dim * 4
-    patches = model.in_channels * model.patch_volume * e
-    text = rows * (model.text_dim + 3 * model.dim) * e
+    per_token = 2 * 4 * model.dim + model.in_channels * model.patch_volume * e
     velocity = 4 * model.out_channels * _voxels(job)
-    return n / job.sequence_parts * (final + patches) + text + velocity
+    return job.local_tokens / job.sequence_parts * per_token + velocity + _conditions(job)
+
+
+def _conditions(job: Job) -> float:
+    """What the text and time branches keep until the very end: activations, and fp32 copies of bf16 time weights."""
+    model, e = job.model, job.element
+    text = job.model.text_len * job.micro_batch * (model.text_dim + 3 * model.dim) * e
+    time = 0 if e == 4 else 4 * (7 * model.dim * model.dim + model.dim * model.out_channels * model.patch_volume)
+    return float(text + time)
 
 
 def _voxels(job: Job) -> int:
@@ -216,9 +221,8 @@ def _training_moments(job: Job) -> list[Moment]:
 
 
 def _activations_at_last_block(job: Job) -> float:
-    """Block 0 is whole (kept or recomputed); later blocks are gone, and so is the head; the text branch is not."""
-    text = job.model.text_len * job.micro_batch * (job.model.text_dim + 3 * job.model.dim) * job.element
-    return block_activations(job) + text
+    """Block 0 is whole (kept or recomputed); later blocks are gone, and so is the head."""
+    return block_activations(job) + _conditions(job)
 
 
 def _share_of_later_blocks(job: Job) -> float:
