@@ -177,14 +177,15 @@ def measure_naive(work: Path, config: WanConfig) -> dict[str, Any]:
     return result
 
 
-def startup_seconds() -> float:
-    """Return the median time of ``mm-convert --help``, and make sure that it did not import torch."""
+def startup_seconds() -> dict[str, float]:
+    """Return the median wall and CPU time of ``mm-convert --help``, and make sure that it did not import torch."""
     command = [sys.executable, "-X", "importtime", "-m", "mindspeed_wan_converters", "--help"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     if any(line.split("|")[-1].strip() in ("torch", "numpy") for line in report.splitlines()):
         raise SystemExit("mm-convert --help imported torch or numpy")
     del command[1:3]
-    return sorted(timed(command)[0] for _ in range(9))[4]
+    runs = [timed(command)[:2] for _ in range(9)]
+    return {"wall": round(sorted(wall for wall, _ in runs)[4], 3), "cpu": round(sorted(cpu for _, cpu in runs)[4], 3)}
 
 
 def main() -> None:
@@ -205,7 +206,7 @@ def main() -> None:
             "benchmark": "convert", "layers": args.layers, "parameters": parameters, "dtype": "bf16",
             "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform(),
                         "load_at_start": os.getloadavg()[0]},
-            "startup_seconds": round(startup_seconds(), 3),
+            "startup_seconds": startup_seconds(),
             "naive": measure_naive(work, config.with_changes(num_layers=min(4, args.layers)))}
         hf, out = work / "hf", work / "dcp"
         size = write_source(hf, config)
