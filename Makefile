@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-oldest check bench soak clean
+.PHONY: help install demo test test-oldest check bench faults soak clean
 
 help:
 	@echo "make demo         install, then the main job on a tiny Wan2.2: convert, pretrain both experts, export, generate"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-oldest  the core tests on torch 2.7.1 + megatron-core 0.12.1 (the Ascend generation)"
 	@echo "make check        ruff, mypy, import rules, dependency audit"
 	@echo "make bench        every benchmark this machine can run, results in benchmarks/results/"
+	@echo "make faults       kills, damage, bad input: every property with its long count, one table (see docs/reliability.md)"
 	@echo "make soak         the long counts: slow tests included"
 
 install: $(STAMP)
@@ -50,6 +51,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.table
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not cuda and not npu"

@@ -48,28 +48,27 @@ class Run:
     evaluate: Callable[[], float] | None = None
 
 
-def train(run: Run) -> None:
-    """Run the remaining iterations.
+def train(run: Run, stop: StopRequest) -> None:
+    """Run the remaining iterations, until ``stop`` is asked for on any rank.
 
     Raises:
         StopRequested: after saving, when a signal, the time limit or ``--exit-interval`` ended the run early.
         NumericsError: a loss or gradient was refused and ``--bad-step-policy`` is to stop, or too many in a row.
     """
     total = run.config.training.train_iters
-    with StopRequest(run.config.training.exit_duration_minutes) as stop:
-        meter = _Meter(run)
-        while run.progress.iteration < total:
-            report, stopping = _iteration(run, stop)
-            meter.add(report)
-            if run.saver is not None:
-                run.saver.poll()
-            _evaluate_if_due(run)
-            last = run.progress.iteration == total
-            stopping = stopping or _exit_interval_reached(run)
-            if run.saver is not None and (last or stopping or _due(run.config.checkpoint.save_interval, run)):
-                run.saver.save(run.progress, wait=last or stopping)
-            if stopping and not last:
-                raise _stopped(run, stop)
+    meter = _Meter(run)
+    while run.progress.iteration < total:
+        report, stopping = _iteration(run, stop)
+        meter.add(report)
+        if run.saver is not None:
+            run.saver.poll()
+        _evaluate_if_due(run)
+        last = run.progress.iteration == total
+        stopping = stopping or _exit_interval_reached(run)
+        if run.saver is not None and (last or stopping or _due(run.config.checkpoint.save_interval, run)):
+            run.saver.save(run.progress, wait=last or stopping)
+        if stopping and not last:
+            raise _stopped(run, stop)
 
 
 def _iteration(run: Run, stop: StopRequest) -> tuple[IterationReport, bool]:

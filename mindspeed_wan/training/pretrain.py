@@ -55,19 +55,22 @@ def _train(config: RunConfig, platform: Platform) -> int:
     from mindspeed_wan.parallel.groups import destroy, init_distributed
     from mindspeed_wan.training.loop import train
     from mindspeed_wan.training.setup import prepare
+    from mindspeed_wan.training.stop import StopRequest
 
     platform.activate()
     init_distributed(platform, config.parallel.distributed_timeout_minutes)
-    run = prepare(config, platform)
-    if is_first():
-        announce(run, platform)
-    try:
-        train(run)
-    finally:
-        if run.writer is not None:
-            run.writer.close()
-        if run.saver is not None:
-            run.saver.close()
+    # A signal that comes while weights are read is remembered too: the run then stops, saved, after one step.
+    with StopRequest(config.training.exit_duration_minutes) as stop:
+        run = prepare(config, platform)
+        if is_first():
+            announce(run, platform)
+        try:
+            train(run, stop)
+        finally:
+            if run.writer is not None:
+                run.writer.close()
+            if run.saver is not None:
+                run.saver.close()
     barrier()
     destroy()
     return EXIT_OK
