@@ -50,7 +50,8 @@ FILES = _group(
 
 EXPERT = _group(
     "expert and noise (each overrides the model file)",
-    Flag("--expert", "text", "extra.expert", "which expert to train", choices=("high", "low"), own=True),
+    Flag("--expert", "text", "extra.expert", "which expert to train (pretrain_sora.py: both, one after the other)",
+         choices=("high", "low"), own=True),
     Flag("--boundary", "float", "extra.boundary", "sigma at which the experts change (T2V 0.875, I2V 0.9)", own=True),
     Flag("--timestep-weighting", "text", "diffusion.weighting", "loss weight by sigma", own=True,
          choices=("none", "mm", "sigma_sqrt", "cosmap")),

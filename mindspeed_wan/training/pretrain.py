@@ -28,31 +28,62 @@ _NOISE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train one expert and return the exit code.
+    """Train one expert, or both one after the other (``--expert both``), and return the exit code.
 
     The command line is checked before torch is imported, so a wrong flag is reported at once.
 
     Raises:
         WanError: see the exit codes in ``mindspeed_wan.errors``.
     """
-    config = flags.parse(list(sys.argv[1:] if argv is None else argv))
+    configs = [flags.parse(line) for line in _lines(list(sys.argv[1:] if argv is None else argv))]
     for category, module in _NOISE:
         warnings.filterwarnings("ignore", category=category, module=module.replace(".", r"\."))
-    platform = get_platform(config.training.device)
-    if config.training.dry_run:
+    platform = get_platform(configs[0].training.device)
+    if configs[0].training.dry_run:
         from mindspeed_wan.training.dry_run import check
 
-        print(check(config))
+        print("\n\n".join(check(config) for config in configs))
         return EXIT_OK
     from mindspeed_wan.parallel.failures import explained
+    from mindspeed_wan.parallel.groups import destroy
 
     with explained():
-        return _train(config, platform)
+        if len(configs) == 1:
+            _train(configs[0], platform)
+        else:
+            _train_all(configs, platform)
+    destroy()
+    return EXIT_OK
 
 
-def _train(config: RunConfig, platform: Platform) -> int:
+def _lines(argv: list[str]) -> list[list[str]]:
+    """Return one command line per expert; torch is not needed to see that there is only one."""
+    if not any(word.endswith("both") for word in argv):
+        return [argv]
+    from mindspeed_wan.training.both import split
+
+    return split(argv)
+
+
+def _train_all(configs: Sequence[RunConfig], platform: Platform) -> None:
+    """Train one expert after the other in the same processes."""
+    import gc
+
+    from mindspeed_wan.parallel.agreement import first_decides
+    from mindspeed_wan.training.both import collect_adapters, is_done
+
+    waiting = [config for config in configs if not is_done(config)]
+    for config in waiting:
+        _train(config, platform)
+        gc.collect()
+        platform.empty_cache()
+    for path in first_decides(lambda: collect_adapters(configs)):
+        print(f" adapter {path}", flush=True)
+
+
+def _train(config: RunConfig, platform: Platform) -> None:
     from mindspeed_wan.parallel.agreement import barrier, is_first
-    from mindspeed_wan.parallel.groups import destroy, init_distributed
+    from mindspeed_wan.parallel.groups import init_distributed
     from mindspeed_wan.training.loop import train
     from mindspeed_wan.training.setup import prepare
     from mindspeed_wan.training.stop import StopRequest
@@ -72,8 +103,6 @@ def _train(config: RunConfig, platform: Platform) -> int:
             if run.saver is not None:
                 run.saver.close()
     barrier()
-    destroy()
-    return EXIT_OK
 
 
 def announce(run: Run, platform: Platform) -> None:

@@ -137,6 +137,28 @@ def test_load_base_model_with_an_adapter_of_another_format(world: World, referen
         assert torch.equal(saved.adapters[mm].up, adapter.up) and torch.equal(saved.adapters[mm].down, adapter.down)
 
 
+def test_both_experts_in_one_command(world: World, reference: Path, tmp_path: Path) -> None:
+    """Each adapter is what a run of its own gives; stopped in the second expert, the command goes on there."""
+    low = tmp_path / "low"
+    run_ranks(train_rank, 1, world.flags(low, *LORA, expert="low", iters=ITERATIONS), init=False)
+    save = tmp_path / "both"
+    flags = ["--expert", "both", "--mm-model", str(world.files / "model_{expert}.json"), "--load", str(world.model)]
+    command = world.flags(save, *LORA, *flags, iters=ITERATIONS)
+    run_ranks(train_rank, 1, command, init=False)
+    for expert, alone in (("high", reference), ("low", low)):
+        assert losses(save / expert) == losses(alone)
+        found = read_lora(save / f"adapter_{expert}.safetensors", architecture(world))
+        wanted = read_lora(alone / f"iter_{ITERATIONS:07d}", architecture(world))
+        assert all(torch.equal(a.up, wanted.adapters[mm].up) for mm, a in found.adapters.items())
+        assert json.loads(found.metadata["mindspeed_wan.training"])["expert"] == expert
+    before = (save / "high" / "metrics.jsonl").stat().st_mtime_ns
+    longer = world.flags(save, *LORA, *flags, iters=ITERATIONS)
+    (save / "adapter_low.safetensors").unlink()
+    run_ranks(train_rank, 1, longer, init=False)
+    assert (save / "adapter_low.safetensors").is_file()
+    assert (save / "high" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
 def refused(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
     try:
         return train_rank(rank, world_size, argv), "nothing was refused"

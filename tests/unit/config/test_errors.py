@@ -130,7 +130,6 @@ BROKEN_FLAGS: list[tuple[list[str], str]] = [
     (["--start-weight-decay", "0.1"], "constant style"),
     (["--weight-decay-incr-style", "linear"], "needs a start and an end"),
     (["--recompute-granularity", "full", "--recompute-num-layers", "99"], "the model's 40 blocks"),
-    (["--lora-r", "4"], "not available yet"),
     (["--load-base-model", "/tmp"], "without LoRA"),
     (["--load", "path to save your weights"], "was not filled in"),
     (["--save", "path", "to", "save"], "needs quotes"),

@@ -61,8 +61,8 @@ def test_lora_launcher(world: World):
     load._derive_lora(tree, {"lora_target_modules": ["q", "k"], "lora_rank_pattern": ["q=4"]}, Report())
     lora = LoraSection(**tree["lora"])
     assert (lora.r, lora.target_modules, lora.rank_pattern) == (32, ("q", "k"), {"q": 4})
-    with pytest.raises(ConfigError, match="LoRA training is not available yet"):
-        parse(world.argv(*more), EIGHT)
+    config = parse(world.argv(*more, "--lora-target-modules", targets), EIGHT)
+    assert config.lora is not None and config.lora.target_modules == tuple(targets.split(","))
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
