@@ -13,30 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from mindspeed_wan.inference.experts import page_locked
+from mindspeed_wan.inference.adapters import move_factors
+from mindspeed_wan.inference.experts import Adapters, ResidentExperts, page_locked
 from mindspeed_wan.inference.runtime import Runtime
+from mindspeed_wan.lora.apply import is_factor
 from mindspeed_wan.models.wan.model import WanDiT
 
 _METHODS = ("forward", "project_text")
 """What a block does with its weights: run, and compute a prompt's keys and values."""
 
 
-class StreamedExperts:
+class StreamedExperts(ResidentExperts):
     """Every expert's blocks on the host; they share the device buffers."""
 
-    def __init__(self, models: dict[str, WanDiT], runtime: Runtime) -> None:
-        self.models = models
+    def __init__(self, models: dict[str, WanDiT], runtime: Runtime, adapters: Adapters | None = None) -> None:
+        super().__init__(models, adapters)
+        self._device = runtime.device
         first = next(iter(models.values()))
         self._stream = BlockStream(first.blocks, runtime.device)
         for model in models.values():
             self._place(model, runtime)
 
-    def use(self, name: str) -> WanDiT:
-        """Return the expert's model."""
-        return self.models[name]
-
-    def loaded(self) -> None:
-        """Nothing is read in the background."""
+    def exchange(self, adapters: Adapters | None) -> None:
+        """Take the adapters off and put others on."""
+        super().exchange(adapters)
+        for model in self.models.values():
+            move_factors(model, self._device)
 
     def _place(self, model: WanDiT, runtime: Runtime) -> None:
         """Move what is outside the blocks to the device, page-lock the blocks and hook them up."""
@@ -46,6 +48,7 @@ class StreamedExperts:
                 parameter.data = page_locked(parameter.data, runtime)
             else:
                 parameter.data = parameter.data.to(runtime.device)
+        move_factors(model, runtime.device)
         self._stream.attach(model.blocks)
 
 
@@ -61,13 +64,13 @@ class BlockStream:
         self.device = device
         self._buffers = [
             {name: nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-             for name, parameter in blocks[0].named_parameters()}
+             for name, parameter in blocks[0].named_parameters() if not is_factor(name)}
             for _ in range(2)
         ]
         self._holds: list[nn.Module | None] = [None, None]
         self._homes: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._module = torch.get_device_module(device) if device.type != "cpu" else None
-        self._copies = self._module.Stream(device) if self._module else None
+        self._copies: Any = self._module.Stream(device) if self._module else None
         self._arrived: list[Any] = [None, None]
         self._used: list[Any] = [None, None]
         self._turn = 0
@@ -136,6 +139,8 @@ def _places(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Return where each parameter hangs: its owner and its name there."""
     found = {}
     for name, _ in block.named_parameters():
+        if is_factor(name):
+            continue  # adapters are small and stay on the device
         path, _, leaf = name.rpartition(".")
         found[name] = (block.get_submodule(path), leaf)
     return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -56,21 +57,32 @@ class Experts(Protocol):
     def loaded(self) -> None:
         """Wait for reading that goes on in the background."""
 
+    def exchange(self, adapters: Adapters | None) -> None:
+        """Take the adapters off and put others on."""
 
-Modify = Callable[[WanDiT, str], None]
-"""Changes the weights of a loaded model in place (merging adapters); called with the expert's name."""
+
+class Adapters(Protocol):
+    """Low-rank updates of each expert (``inference.adapters.ExpertAdapters``)."""
+
+    merge: bool
+
+    def attach(self, model: WanDiT, expert: str) -> None:
+        """Put the expert's adapters on the model, or merge them into its weights."""
+
+    def detach(self, model: WanDiT) -> None:
+        """Take off what ``attach`` put on."""
 
 
 def open_experts(
     folder: ModelFolder, runtime: Runtime, *, dtype: torch.dtype, memory: str, compile_blocks: bool = False,
-    modify: Modify | None = None,
+    adapters: Adapters | None = None,
 ) -> Experts:
     """Load the experts of ``folder`` in a memory mode (``resident``, ``sequential`` or ``block``). Collective.
 
     Args:
         dtype: of the weights; the residual stream is fp32 as in the official model.
         compile_blocks: ``torch.compile`` each block.
-        modify: see ``Modify``.
+        adapters: attached to each expert once its weights are in the model.
 
     Raises:
         CheckpointError: on every rank of the replica, when weights do not fit.
@@ -81,35 +93,44 @@ def open_experts(
     for found in folder.experts.values():
         runtime.agree(lambda found=found: checked(found))  # type: ignore[misc]
 
+    sharding: Any = InferenceFsdp2() if runtime.layout.dit_fsdp else None
+
     def build(device: torch.device) -> WanDiT:
         model = build_wan(
             folder.config, groups=runtime.groups, platform=runtime.platform, param_dtype=dtype,
-            residual_dtype=torch.float32, fsdp2=InferenceFsdp2() if runtime.layout.dit_fsdp else None,
+            residual_dtype=torch.float32, fsdp2=sharding,
             compile_blocks=compile_blocks, device=device,
         )
         return model.requires_grad_(False).eval()
 
     def load(name: str, model: WanDiT) -> WanDiT:
         runtime.agree(lambda: read_weights(folder.experts[name], global_views(model, runtime.groups), folder.config))
-        if modify is not None:
-            modify(model, name)
+        return model
+
+    def adapted(name: str, model: WanDiT) -> WanDiT:
+        load(name, model)
+        if adapters is not None:
+            adapters.attach(model, name)
         return model
 
     names = tuple(folder.experts)
     if memory == "block":
         from mindspeed_wan.inference.block_stream import StreamedExperts
 
-        return StreamedExperts({name: load(name, build(torch.device("cpu"))) for name in names}, runtime)
+        return StreamedExperts({name: adapted(name, build(torch.device("cpu"))) for name in names}, runtime,
+                               adapters)
     if memory == "sequential" and len(names) > 1:
-        return SwappedExperts(folder, build(runtime.device), runtime, load=load, ahead=modify is None)
-    return ResidentExperts({name: load(name, build(runtime.device)) for name in names})
+        merged = adapters is not None and adapters.merge
+        return SwappedExperts(folder, build(runtime.device), runtime, load=adapted if merged else load,
+                              ahead=not merged, adapters=None if merged else adapters)
+    return ResidentExperts({name: adapted(name, build(runtime.device)) for name in names}, adapters)
 
 
 class ResidentExperts:
     """Every expert has a model on the device."""
 
-    def __init__(self, models: dict[str, WanDiT]) -> None:
-        self.models = models
+    def __init__(self, models: dict[str, WanDiT], adapters: Adapters | None = None) -> None:
+        self.models, self._adapters = models, adapters
 
     def use(self, name: str) -> WanDiT:
         """Return the expert's model."""
@@ -117,6 +138,15 @@ class ResidentExperts:
 
     def loaded(self) -> None:
         """Nothing is read in the background."""
+
+    def exchange(self, adapters: Adapters | None) -> None:
+        """Take the adapters off and put others on."""
+        for name, model in self.models.items():
+            if self._adapters is not None:
+                self._adapters.detach(model)
+            if adapters is not None:
+                adapters.attach(model, name)
+        self._adapters = adapters
 
 
 class SwappedExperts:
@@ -128,32 +158,41 @@ class SwappedExperts:
         slot: the model on the device, without weights yet.
         load: reads (and modifies) an expert's weights in a model.
         ahead: read the later experts in the background, straight to the host; else one by one through the slot.
+        adapters: put on the slot for the expert that is in it.
     """
 
     def __init__(
         self, folder: ModelFolder, slot: WanDiT, runtime: Runtime, *, load: Callable[[str, WanDiT], WanDiT],
-        ahead: bool,
+        ahead: bool, adapters: Adapters | None = None,
     ) -> None:
-        self._folder, self._slot, self._runtime = folder, slot, runtime
+        self._folder, self._slot, self._runtime, self._adapters = folder, slot, runtime, adapters
+        self._parameters = dict(slot.named_parameters())
+        self._views = global_views(slot, runtime.groups)
         self._hosts: dict[str, dict[str, torch.Tensor]] = {}
         first, *rest = folder.experts
-        self._reader: _Background | None = _Background(lambda: [self._read(name) for name in rest] if ahead else None)
+        self._reader: _Background | None = _Background(partial(self._read_all, rest if ahead else []))
         for name in (first,) if ahead else (*rest, first):
             load(name, slot)
             self._hosts[name] = {
                 key: page_locked(local(parameter).detach().to("cpu", copy=True), runtime)
-                for key, parameter in slot.named_parameters()
+                for key, parameter in self._parameters.items()
             }
         self._active = first
+        if adapters is not None:
+            adapters.attach(slot, first)
 
     def use(self, name: str) -> WanDiT:
         """Return the model with the expert's weights in it."""
         if name != self._active:
             self.loaded()
+            if self._adapters is not None:
+                self._adapters.detach(self._slot)
             with torch.no_grad():
-                for key, parameter in self._slot.named_parameters():
+                for key, parameter in self._parameters.items():
                     local(parameter).copy_(self._hosts[name][key], non_blocking=True)
             self._active = name
+            if self._adapters is not None:
+                self._adapters.attach(self._slot, name)
         return self._slot
 
     def loaded(self) -> None:
@@ -162,9 +201,21 @@ class SwappedExperts:
             self._runtime.agree(self._reader.result)
             self._reader = None
 
+    def exchange(self, adapters: Adapters | None) -> None:
+        """Take the adapters off and put others on."""
+        if self._adapters is not None:
+            self._adapters.detach(self._slot)
+        if adapters is not None:
+            adapters.attach(self._slot, self._active)
+        self._adapters = adapters
+
+    def _read_all(self, names: list[str]) -> None:
+        for name in names:
+            self._read(name)
+
     def _read(self, name: str) -> None:
         """Read this rank's slices of an expert to the host, cut as the slot's parameters are."""
-        views = global_views(self._slot, self._runtime.groups)
+        views = self._views
         host: dict[str, torch.Tensor] = {}
         with open_weights(self._folder.experts[name], self._folder.config) as files:
             check_names_and_shapes(files, {key: tuple(view.shape) for key, view in views.items()}, self._folder.config)

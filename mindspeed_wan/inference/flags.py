@@ -15,6 +15,7 @@ from typing import Any
 from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions, parse_coefficients
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
+from mindspeed_wan.inference.lora_options import MEMORY_NAMES, PRESETS, REFUSED_MEMORY, LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
 
 
@@ -80,6 +81,15 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("sigma_grid", "grid", str, "official, diffusers or diffsynth"),
         Flag("sample_guide_scale", "guidance", parse_guidance, "LOW,HIGH, or one scale for both experts"),
         Flag("boundary", "boundary", float, "sigma at which the experts change"),
+        Flag("sample_preset", "preset", str, "lightx2v: 4 Euler steps without guidance, for distilled adapters"),
+    ),
+    "adapters (LoRA, any format)": (
+        Flag("lora_path", "lora_low_paths", Path, "low-noise expert: one file or several", many=True),
+        Flag("lora_weight", "lora_low_weights", float, "their weights, one for all or one for each", many=True),
+        Flag("lora_high_path", "lora_high_paths", Path, "high-noise expert: one file or several", many=True),
+        Flag("lora_high_weight", "lora_high_weights", float, "their weights, likewise", many=True),
+        Flag("lora_merge", "lora_merge", parse_bool, "merge into the weights instead of computing beside them"),
+        Flag("lora_alpha", "lora_alpha", float, "alpha of files that carry none (VideoX-Fun's PEFT files)"),
     ),
     "step cache": (
         Flag("step_cache", "cache_method", str, "none, teacache, magcache or taylorseer: reuse earlier changes"),
@@ -108,6 +118,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("vae_dtype", "vae_dtype", str, "bf16 or fp32"),
         Flag("text_dtype", "text_dtype", str, "precision of UMT5; the DiT's by default"),
         Flag("memory", "memory", str, "auto, resident, sequential (one expert on the device) or block (stream blocks)"),
+        Flag("gpu_memory_mode", "memory", str, "VideoX-Fun's names: model_full_load, model_cpu_offload ..."),
         Flag("offload_model", "offload_model", parse_bool, "true is --memory sequential, false is --memory resident"),
         Flag("t5_cpu", "t5_cpu", parse_bool, "encode prompts on the CPU"),
         Flag("vae_tile", "vae_tile_size", _parse_tile, "tile HEIGHT,WIDTH in latent pixels (30,52 as in DiffSynth)"),
@@ -190,6 +201,13 @@ def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOpti
     cache = {name[len("cache_"):]: raw.pop(name) for name in list(raw) if name.startswith("cache_")}
     if cache:
         values["cache"] = CacheOptions(**cache)
+    lora = {name[len("lora_"):]: raw.pop(name) for name in list(raw) if name.startswith("lora_")}
+    if lora:
+        values["lora"] = LoraOptions(**lora)
+    preset = raw.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        problems.append(f"--sample_preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+    values.update(PRESETS.get(preset, {}))
     values.update(raw)
     raise_problems(problems)
     options = GenerateOptions(**values, layout=layout)
@@ -210,6 +228,7 @@ def _read_words(words: list[str], problems: list[str]) -> dict[str, Any]:
         name = name.replace("-", "_")
         if equals:
             words.insert(0, value)
+        name = name.lower() if name.lower() in FLAGS else name  # VideoX-Fun's GPU_memory_mode
         if name in _INERT:
             ignored.append(word)
             del words[: _INERT[name]]
@@ -274,6 +293,10 @@ def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) ->
 
 def _memory(raw: dict[str, Any], problems: list[str]) -> None:
     """Fold Wan's and Megatron's switches into ``memory``, ``text_device``, ``dtype`` and ``vae_tile``."""
+    if raw.get("memory") in REFUSED_MEMORY:
+        problems.append(f"memory mode {raw['memory']}: {REFUSED_MEMORY[raw.pop('memory')]}")
+    if "memory" in raw:
+        raw["memory"] = MEMORY_NAMES.get(raw["memory"], raw["memory"])
     offload = raw.pop("offload_model", None)
     if offload is not None:
         memory = "sequential" if offload else "resident"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
+from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class GenerateOptions:
     guidance: tuple[float, float] | None = None
     boundary: float | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     max_text_length: int = 512
     # where it runs
     device: str | None = None
@@ -152,6 +154,7 @@ class GenerateOptions:
         raise_problems(
             [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(),
              *(self._prompt_problems() if whole_list else ()), *self.cache.problems(self.task),
+             *self.lora.problems(dit_fsdp=self.layout.dit_fsdp),
              *self.layout.problems(num_heads, videos)]
         )
 
@@ -259,7 +262,8 @@ class GenerateOptions:
                   if path}
         cache = {"cache": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.cache).items()}}
         return {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, **values, **images,
-                **(cache if self.cache.method != "none" else {}), "weights": weights}
+                **(cache if self.cache.method != "none" else {}),
+                **({"lora": self.lora.settings()} if self.lora else {}), "weights": weights}
 
 
 def _of_prompt(images: tuple[str, ...], place: int) -> str | None:

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from mindspeed_wan.diffusion.schedule import SigmaSchedule, sigmas
 from mindspeed_wan.diffusion.solvers import make_solver
+from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference import memory, video_io
+from mindspeed_wan.inference.adapters import ExpertAdapters, read_adapters
 from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
-from mindspeed_wan.inference.experts import Experts, Modify, open_experts
+from mindspeed_wan.inference.experts import Experts, open_experts
 from mindspeed_wan.inference.images import ImageConditions
+from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, VideoJob
 from mindspeed_wan.inference.prompts import PromptEncoder
 from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
@@ -87,7 +90,7 @@ class WanGenerator:
             folder, runtime, dtype=options.text_dtype or options.dtype, device=options.text_device,
             max_length=options.max_text_length, clean=options.clean_prompts,
         )
-        self.modify: Modify | None = None
+        self.adapters: ExpertAdapters | None = None
         self.plan: memory.MemoryPlan | None = None
         self.images = ImageConditions(folder, runtime, self.vae)
         self._experts: Experts | None = None
@@ -210,10 +213,26 @@ class WanGenerator:
         if self._experts is None:
             self.plan = self._plan(latent)
             dtype = DTYPES[self.options.dtype]
+            self.adapters = read_adapters(
+                self.options.lora, self.folder.config, tuple(self.folder.experts), self.runtime
+            )
             self._experts = open_experts(
-                self.folder, self.runtime, dtype=dtype, memory=self.plan.mode, modify=self.modify
+                self.folder, self.runtime, dtype=dtype, memory=self.plan.mode, adapters=self.adapters
             )
         return self._experts
+
+    def set_adapters(self, lora: LoraOptions) -> None:
+        """Take the adapters off and put others on (none with ``LoraOptions()``) while the weights stay where they are.
+
+        Raises:
+            ConfigError: adapters that were merged cannot be taken off.
+        """
+        if (self.adapters is not None and self.adapters.merge) or (lora.merge and self._experts is not None):
+            raise ConfigError("merged adapters are part of the weights", fix="use them unmerged, or load a new model")
+        self.options = replace(self.options, lora=lora)
+        if self._experts is not None:
+            self.adapters = read_adapters(lora, self.folder.config, tuple(self.folder.experts), self.runtime)
+            self._experts.exchange(self.adapters)
 
     def vae(self) -> WanVAE:
         """Return the VAE, loading it on first use (on every rank that takes part in decoding)."""

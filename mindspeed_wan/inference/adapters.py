@@ -1,0 +1,120 @@
+"""The adapters of a generation: read once, checked against the experts, then beside their weights or merged in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mindspeed_wan.errors import CheckpointError
+from mindspeed_wan.inference.lora_options import LoraOptions
+from mindspeed_wan.inference.runtime import Runtime
+from mindspeed_wan.lora.apply import load_adapter, unload
+from mindspeed_wan.lora.formats import LoraFile, read_lora
+from mindspeed_wan.lora.layers import Factor
+from mindspeed_wan.lora.merge_model import merge_into_model
+from mindspeed_wan.lora.spec import guess_expert
+from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.models.wan.model import WanDiT
+
+Chosen = list[tuple[LoraFile, float]]
+
+
+@dataclass
+class ExpertAdapters:
+    """What each expert gets. ``attach`` it after its weights are in the model, ``detach`` before others are.
+
+    ``on`` names the adapters that are on a model now, by the model's id.
+    """
+
+    files: dict[str, Chosen]
+    merge: bool
+    runtime: Runtime
+    on: dict[int, list[str]] = field(default_factory=dict)
+
+    def attach(self, model: WanDiT, expert: str) -> None:
+        """Put the expert's adapters on ``model``, or merge them and say what the weights' dtype kept of them."""
+        chosen, groups = self.files.get(expert, []), self.runtime.groups
+        if not chosen:
+            return
+        if self.merge:
+            report = merge_into_model(model, chosen, groups)
+            if self.runtime.rank == 0:
+                print(f"{expert} expert: {len(chosen)} adapters merged into {len(report.losses)} parameters: "
+                      f"{report.total}", flush=True)
+            return
+        names = [f"adapter_{place}" for place in range(len(chosen))]
+        for name, (lora, weight) in zip(names, chosen):
+            load_adapter(model, lora, name, weight=weight, groups=groups)
+        self.on[id(model)] = names
+
+    def detach(self, model: WanDiT) -> None:
+        """Take them off again; the parameters are bit for bit what they were. Merged ones stay."""
+        for name in reversed(self.on.pop(id(model), [])):
+            unload(model, name)
+
+    def describe(self) -> list[str]:
+        """Return one line per file for the log."""
+        how = "merged" if self.merge else "beside the weights"
+        return [f"{expert} expert: {len(lora.adapters)} modules, rank {'/'.join(map(str, lora.ranks))}, {lora.format}, "
+                f"weight {weight:g}, {how}" for expert, chosen in self.files.items() for lora, weight in chosen]
+
+
+def read_adapters(
+    options: LoraOptions, config: WanConfig, experts: tuple[str, ...], runtime: Runtime
+) -> ExpertAdapters | None:
+    """Read every adapter file; ``None`` when there is none. Collective over the replica.
+
+    A model with one expert takes the low expert's files too: ``--lora_path`` is the only one people give then.
+
+    Raises:
+        CheckpointError: a file is damaged, of another model, or of the other expert.
+    """
+    if not options:
+        return None
+    chosen: dict[str, list[tuple[Path, float]]] = {expert: options.of(expert) for expert in experts}
+    if len(experts) == 1:
+        chosen = {experts[0]: [*options.of("high"), *options.of("low")]}
+
+    def read(path: Path, expert: str) -> LoraFile:
+        lora = read_lora(path, config, alpha_override=options.alpha)
+        if len(experts) > 1:
+            _check_expert(path, lora, expert)
+        return lora
+
+    files = {expert: runtime.agree(lambda c=c, e=expert: [(read(path, e), weight) for path, weight in c])  # type: ignore[misc]
+             for expert, c in chosen.items()}
+    return ExpertAdapters(files, options.merge, runtime)
+
+
+def _check_expert(path: Path, lora: LoraFile, expert: str) -> None:
+    """Our own files know their expert; of others the name may say so, which is worth a warning."""
+    known = told_expert(lora)
+    if known is not None and known != expert:
+        flag, other = ("--lora_path", "--lora_high_path") if expert == "low" else ("--lora_high_path", "--lora_path")
+        raise CheckpointError(f"was trained on the {known}-noise expert, but {flag} puts it on the {expert}-noise one",
+                              where=str(path), fix=f"give it with {other}")
+    guess = guess_expert(path.name) if known is None else None
+    if guess is not None and guess != expert:
+        print(f"warning: {path.name} looks like an adapter of the {guess}-noise expert; it is put on the "
+              f"{expert}-noise one", flush=True)
+
+
+def told_expert(lora: LoraFile) -> str | None:
+    """Return the expert that an adapter file's own metadata names (files of our training do)."""
+    import json
+
+    try:
+        expert = json.loads(lora.metadata["mindspeed_wan.training"])["expert"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    return expert if expert in ("high", "low") else None
+
+
+def move_factors(model: nn.Module, device: torch.device) -> None:
+    """Put adapters on the device while the weights beside them stay on the host (streamed blocks)."""
+    for module in model.modules():
+        if isinstance(module, Factor):
+            module.weight = nn.Parameter(module.weight.detach().to(device), requires_grad=False)
