@@ -19,6 +19,7 @@ from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.inference.options import GenerateOptions
 from mindspeed_wan.models import original_names
 from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.parallel.agreement import is_first
 
 if TYPE_CHECKING:
     from mindspeed_wan.config.mm_files import PredictorFile
@@ -98,11 +99,12 @@ def recognise(options: GenerateOptions) -> ModelFolder:
     _check_text_encoder(parts.text_encoder, config)
     task = _task(config, found, parts, options.task)
     _check_experts(found, config, task, where)
+    trained = _trained_boundary(found, options.boundary)
     files = [*_files(entry.path for entry in found.values()), *_files([parts.vae, parts.text_encoder])]
     return ModelFolder(
         task=task, config=config, experts=found, vae=parts.vae, text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer, image_encoder=parts.image_encoder,
-        boundary=parts.boundary if task.endswith("A14B") else None, identity=_identity(files),
+        boundary=(trained or parts.boundary) if task.endswith("A14B") else None, identity=_identity(files),
     )
 
 
@@ -320,6 +322,23 @@ def _check_experts(found: dict[str, checkpoints.Found], config: WanConfig, task:
     if found["high"].path.resolve() == found["low"].path.resolve() or _same_weights(found, config):
         raise CheckpointError("the high- and the low-noise expert are the same weights", where=str(found["low"].path),
                               fix="name the other expert; both are needed")
+
+
+def _trained_boundary(found: dict[str, checkpoints.Found], asked: float | None) -> float | None:
+    """Return the boundary the experts' cards say they were trained for, ``None`` when they say nothing.
+
+    Raises:
+        CheckpointError: the experts were trained for different boundaries.
+    """
+    said = {name: entry.card["boundary"] for name, entry in found.items() if entry.card.get("boundary") is not None}
+    if len(set(said.values())) > 1:
+        raise CheckpointError(f"the high-noise expert was trained for boundary {said['high']}, the low-noise one for "
+                              f"{said['low']}", where=str(found["low"].path), fix="use experts of one training")
+    trained = next(iter(said.values()), None)
+    if trained is not None and asked is not None and abs(trained - asked) > 1e-6 and is_first():
+        print(f" warning: these experts were trained for boundary {trained}, {asked} is used: sigmas in between go to "
+              "an expert that has not seen them", flush=True)
+    return trained
 
 
 def _same_weights(found: dict[str, checkpoints.Found], config: WanConfig) -> bool:

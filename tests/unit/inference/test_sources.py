@@ -196,3 +196,26 @@ def test_identity_follows_the_files(tmp_path):
     file = root / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes())
     assert recognise(options(root)).identity != before
+
+
+def _carded(root: Path, **boundaries: float) -> Path:
+    """Say in cards which boundary the experts of a pipeline were trained for."""
+    for name, boundary in boundaries.items():
+        folder = root / {"high": "transformer", "low": "transformer_2"}[name]
+        config = WanConfig.from_diffusers(json.loads((folder / "config.json").read_text())).to_dict()
+        (folder / "wan.json").write_text(json.dumps({"expert": name, "boundary": boundary, "config": config}))
+    return root
+
+
+def test_experts_of_different_boundaries_are_refused(tmp_path):
+    root = _carded(tiny_pipeline_folder(tmp_path), high=0.875, low=0.9)
+    with pytest.raises(CheckpointError, match=r"boundary 0\.875, the low-noise one for 0\.9"):
+        recognise(options(root))
+
+
+def test_the_boundary_of_the_training_wins_over_the_folder_and_another_one_is_told(tmp_path, capsys):
+    root = _carded(tiny_pipeline_folder(tmp_path), high=0.8, low=0.8)
+    assert recognise(options(root)).boundary == 0.8
+    assert "warning" not in capsys.readouterr().out
+    recognise(options(root, boundary=0.875))
+    assert "trained for boundary 0.8, 0.875 is used" in capsys.readouterr().out
