@@ -128,8 +128,11 @@ def _signal_one(save: Path, rng: random.Random) -> None:
     """Signal a run at a random moment: it saves where it is, exits with 75, and has the bits of the straight run."""
     background = ["--async-save"] if rng.random() < 0.5 else []
     job = start(save, *background, "--save-interval", "2", iters=14)
-    _wait_for_step(save, rng.randrange(1, 9), job[0])
-    time.sleep(rng.random() * 0.05)
+    if rng.random() < 0.15:  # while encoders and data are still being opened
+        wait_until(lambda: "loaded" in job[0].output(), "the weights", alive=job[0])
+    else:
+        _wait_for_step(save, rng.randrange(1, 9), job[0])
+        time.sleep(rng.random() * 0.05)
     number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
     sent, twice = time.monotonic(), rng.random() < 0.2
     job[0].signal(number)

@@ -2,7 +2,8 @@
 
     python -m tests.faults.table [--small] [--only T1,T3] [--out benchmarks/results/faults.json]
 
-Results of earlier runs in the same file are kept for the properties that are not run, with the date they were run.
+Without ``--out`` the table also goes into docs/reliability.md. Results of earlier runs in the same file are kept for
+the properties that are not run, with the date they were run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 
 from tests.faults.harness import Property, Tally
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "faults.json"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
+PAGE = ROOT / "docs" / "reliability.md"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,13 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the table into the page, between its two marks."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- end of table -->\n")
+    page.write_text(before + mark + markdown(results) + "\n" + end + after, encoding="utf-8")
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -141,7 +151,10 @@ def main() -> int:
         print(f"{row.name:5} {tally.passed}/{tally.run} in {tally.seconds:.0f} s", *tally.problems, sep="\n      ",
               flush=True)
         _note(args.out, row, tally)
-    print(markdown(_load(args.out)))
+    results = _load(args.out)
+    print(markdown(results))
+    if args.out == RESULTS:
+        write_page(results)
     return 1 if failed else 0
 
 
