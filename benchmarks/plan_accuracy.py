@@ -196,6 +196,12 @@ CASES = (
     Case(name="FSDP2 of 2, bf16, recompute", data=2, fsdp2=True, precision="bf16", recompute=True, **_TINY),
     Case(name="TP2 SP CP2 FSDP2, bf16, recompute", tensor=2, sequence_parallel=True, context=2, fsdp2=True,
          precision="bf16", recompute=True, **_TINY),
+    Case(name="1 rank, recompute but attention", recompute=True, keep_attention=True, **_TINY),
+    Case(name="CP2 ring, recompute but attention", context=2, algorithm="megatron_cp_algo", recompute=True,
+         keep_attention=True, **_TINY),
+    Case(name="LoRA, fp32", lora_rank=8, **_TINY),
+    Case(name="LoRA, FSDP2 of 2, bf16, recompute", lora_rank=8, data=2, fsdp2=True, precision="bf16", recompute=True,
+         **_TINY),
     Case(name="mid size, bf16", precision="bf16", **_MID),
     Case(name="mid size, FSDP2 of 2, bf16, recompute", data=2, fsdp2=True, precision="bf16", recompute=True, **_MID),
 )
@@ -210,7 +216,9 @@ def job_of(case: Case) -> Job:
     )
     return Job(model=case.config, latent=case.latent, device=PRESETS["910B"], dims=dims, precision=case.precision,
                fp32_residual=case.fp32_residual, fsdp2=case.fsdp2, recomputed=case.recompute * case.num_layers,
-               fused_optimizer=False, micro_batch=case.micro_batch, encoders=False, kernels="cpu")
+               keep_attention=case.keep_attention,
+               fused_optimizer=False, micro_batch=case.micro_batch,
+               lora_rank=case.lora_rank, encoders=False, kernels="cpu")
 
 
 def planned_peaks(case: Case) -> dict[str, float]:

@@ -39,6 +39,7 @@ class Case:
     fsdp2: bool = False
     precision: str = "fp32"
     recompute: bool = False
+    keep_attention: bool = False
     fp32_residual: bool = False
     micro_batch: int = 1
     lora_rank: int = 0
@@ -144,7 +145,9 @@ def measure_rank(rank: int, world_size: int, case: Case) -> dict[str, float]:
                   "context_parallel_algo": case.algorithm, "use_torch_fsdp2": case.fsdp2},
         model={"wan": wan.to_dict(), "fp32_residual": case.fp32_residual},
         training={"precision": case.precision, "micro_batch_size": case.micro_batch,
-                  "recompute": {"granularity": "full" if case.recompute else "none"}},
+                  "recompute": {"granularity": "full" if case.recompute else "none",
+                                "keep_attention": case.keep_attention}},
+        lora={"r": case.lora_rank} if case.lora_rank else None,
     )
     tracker = LivePeak()
     with tracker:

@@ -133,7 +133,7 @@ def _forward(job: Job, found: list[Collective]) -> _Pass:
 def _backward(job: Job, found: list[Collective], *, recomputed: bool) -> _Pass:
     forward = _forward_compute(job)
     again = 1.0 if recomputed else 0.0
-    attention = forward[0] * (ATTENTION_BACKWARD + again) / job.device.training
+    attention = forward[0] * (ATTENTION_BACKWARD + (0.0 if job.keep_attention else again)) / job.device.training
     # Frozen weights (LoRA) need the gradient of their input only.
     other = forward[1] * ((1.0 if job.lora_rank else 2.0) + again) / job.device.training
     mine = [c for c in found if c.phase == "backward" and c.per_block]
@@ -159,7 +159,8 @@ def _training(job: Job) -> Duration:
             _text_seconds(job) + VAE_ENCODE_SHARE * _vae_seconds(job))
     parts["waiting for the slowest"] = _waiting(job, sum(parts.values()))
     step = sum(parts.values())
-    useful = job.clips_per_step * training_flops(job.model, job.latent)
+    # A frozen base has no weight gradients: two of the three passes' worth, as the training log counts it.
+    useful = job.clips_per_step * training_flops(job.model, job.latent) * (2 / 3 if job.lora_rank else 1.0)
     mfu = useful / step / (job.device.peak_flops * job.dims.world_size)
     return Duration(parts, mfu, job.clips_per_step / step)
 

@@ -29,6 +29,7 @@ class Job:
         dims: ranks; for generation ``dims.data`` is the videos and guidance branches that run at the same time.
         fsdp2: parameters are gathered block by block (bf16 training always is, over one rank if need be).
         recomputed: blocks that keep their input only, counted from the first.
+        keep_attention: they keep the results of attention too, which then does not run again.
         lora_rank: adapters of this rank on the default targets are trained, nothing else; 0 trains all weights.
         encoders: VAE and text encoder run in the job (not with cached features).
         guidance: forward passes per step of a generation (2 with classifier-free guidance).
@@ -45,6 +46,7 @@ class Job:
     fp32_residual: bool = False
     fsdp2: bool = True
     recomputed: int = 0
+    keep_attention: bool = False
     fused_optimizer: bool = True
     micro_batch: int = 1
     accumulation: int = 1

@@ -88,7 +88,7 @@ def describe(job: Job) -> str:
     if job.training:
         words.append(f"DP{dims.data}")
         words.append(f"FSDP2/{dims.shard_size}" if job.fsdp2 else "no FSDP2")
-        words.append(f"recompute {job.recomputed}/{job.model.num_layers}")
+        words.append(f"recompute {job.recomputed}/{job.model.num_layers}{' but attention' * job.keep_attention}")
         if job.accumulation > 1:
             words.append(f"accumulate {job.accumulation}")
     else:
@@ -165,21 +165,29 @@ def _variants(job: Job, wanted: Search, dims: ParallelDims, *, fsdp2: bool) -> I
 
 
 def _fit_recompute(job: Job, fixed: int | None) -> tuple[str, Layout | str]:
-    """Recompute as few blocks as fit; memory falls with each."""
-    layers = job.model.num_layers
-    low, high = (fixed, fixed) if fixed is not None else (0, layers)
-    most = job.with_changes(recomputed=high)
-    memory = plan_memory(most)
-    if not _fits(memory, job):
-        return describe(most), _too_large(memory, job)
+    """Recompute as few blocks as fit, with or without attention: the faster way."""
+    found = [layout for keep in (False, True)
+             if (layout := _fewest(job.with_changes(keep_attention=keep), fixed)) is not None]
+    if not found:
+        most = job.with_changes(recomputed=job.model.num_layers if fixed is None else fixed)
+        return describe(most), _too_large(plan_memory(most), job)
+    best = min(found, key=lambda layout: (layout.duration.step, layout.memory.total))
+    return best.name, best
+
+
+def _fewest(job: Job, fixed: int | None) -> Layout | None:
+    """Return the layout with the fewest recomputed blocks that fits; memory falls with each."""
+    low, high = (0, job.model.num_layers) if fixed is None else (fixed, fixed)
+    if not _fits(plan_memory(job.with_changes(recomputed=high)), job):
+        return None
     while low < high:
         middle = (low + high) // 2
         if _fits(plan_memory(job.with_changes(recomputed=middle)), job):
             high = middle
         else:
             low = middle + 1
-    best = job.with_changes(recomputed=low)
-    return describe(best), Layout(best, plan_memory(best), plan_duration(best))
+    best = job.with_changes(recomputed=low, keep_attention=job.keep_attention and low > 0)
+    return Layout(best, plan_memory(best), plan_duration(best))
 
 
 def _generations(job: Job, wanted: Search) -> Iterator[tuple[str, Layout | str]]:

@@ -82,17 +82,31 @@ def block_activations(job: Job) -> float:
     """Bytes one block keeps for its backward pass, its input x included."""
     model, e = job.model, job.element
     dim, tensor = model.dim, job.dims.tensor
-    streams = dim * (2 * _saved_norm_input(job) + job.residual + 2 * e) + _normed_copies(job) * dim * 4
+    # A frozen gate (LoRA) needs no gradient, so the two branch outputs it multiplies are not kept.
+    updates = 0 if job.lora_rank else 2 * e
+    streams = dim * (2 * _saved_norm_input(job) + job.residual + updates) + _normed_copies(job) * dim * 4
     inside = 3 * dim * e + dim * e * (6 + (job.dims.ulysses_size > 1)) / tensor
     inside += 3 * dim * _saved_head_norm(job) / tensor + 2 * model.ffn_dim * e / tensor
     statistics = 3 * 8 + 3 * 4 + 2 * _softmax_bytes(job) * model.num_heads / tensor
+    inside += 10 * job.lora_rank * e  # what A gives, of ten adapters
     n = job.local_tokens
     return n / job.sequence_parts * streams + n * (inside + _rotation_bytes(job) + statistics) + _text_activations(job)
 
 
 def block_input(job: Job) -> float:
-    """Bytes of the residual stream: all that a recomputed block keeps."""
+    """Bytes of the residual stream that enters a block."""
     return job.local_tokens / job.sequence_parts * job.model.dim * job.residual
+
+
+def recomputed_block(job: Job) -> float:
+    """Bytes a recomputed block keeps: its input, and with ``keep_attention`` what every attention operator gave.
+
+    A ring runs the operator once per neighbour.
+    """
+    if not job.keep_attention:
+        return block_input(job)
+    one = (job.model.dim * job.element + _softmax_bytes(job) * job.model.num_heads) / job.dims.tensor
+    return block_input(job) + (1 + job.dims.ring) * one * job.local_tokens
 
 
 def _saved_norm_input(job: Job) -> int:
@@ -135,6 +149,8 @@ def outside_activations(job: Job) -> float:
     """Bytes kept by embeddings, head and loss; the head normalises and projects in fp32."""
     model, e = job.model, job.element
     per_token = 2 * 4 * model.dim + model.in_channels * model.patch_volume * e
+    if job.lora_rank:
+        per_token = 4 * model.dim  # frozen embeddings and head: the head's norm keeps its input
     velocity = 4 * model.out_channels * _voxels(job)
     return job.local_tokens / job.sequence_parts * per_token + velocity + _conditions(job)
 
@@ -142,7 +158,10 @@ def outside_activations(job: Job) -> float:
 def _conditions(job: Job) -> float:
     """What the text and time branches keep until the very end: activations, and fp32 copies of bf16 time weights."""
     model, e = job.model, job.element
-    text = job.model.text_len * job.micro_batch * (model.text_dim + 3 * model.dim) * e
+    rows = model.text_len * job.micro_batch
+    if job.lora_rank:
+        return float(rows * model.dim * e)  # the embedded text, input of every block's adapters
+    text = rows * (model.text_dim + 3 * model.dim) * e
     time = 0 if e == 4 else 4 * (7 * model.dim * model.dim + model.dim * model.out_channels * model.patch_volume)
     return float(text + time)
 
@@ -155,17 +174,18 @@ def _voxels(job: Job) -> int:
 def saved_activations(job: Job) -> float:
     """Bytes kept between forward and backward: every block's, recomputed ones their input."""
     kept = job.model.num_layers - job.recomputed
-    return kept * block_activations(job) + job.recomputed * block_input(job) + outside_activations(job)
+    return kept * block_activations(job) + job.recomputed * recomputed_block(job) + outside_activations(job)
 
 
 # ---- moments -----------------------------------------------------------------------------------------------------
 
 
 def _state_parts(job: Job) -> dict[str, float]:
-    """Return what is there between steps: fp32 weights (frozen ones too, as FSDP2 shards masters) and moments."""
+    """Return what is there between steps: fp32 weights (a frozen base in the compute type) and moments."""
     trained = job.trained.shard
-    parts = {"weights (fp32)": 4.0 * job.sizes.shard + (4.0 * trained if job.lora_rank else 0.0),
-             "Adam moments": 8.0 * trained}
+    parts = {"weights (fp32)": 4.0 * trained, "Adam moments": 8.0 * trained}
+    if job.lora_rank:
+        parts["frozen weights"] = float(job.element * job.sizes.shard)
     if job.ema:
         parts["EMA"] = 4.0 * trained
     parts["rotary tables"] = job.local_tokens / job.micro_batch * job.model.head_dim * 8.0
@@ -211,7 +231,7 @@ def _training_moments(job: Job) -> list[Moment]:
         update["optimizer temporaries"] = 4.0 * job.trained.shard
     moments = [Moment("backward begins", begin), Moment("backward of block 0", last), Moment("update", update)]
     if job.recomputed == job.model.num_layers:
-        again = saved_activations(job) + block_activations(job) - block_input(job) - outside_activations(job)
+        again = saved_activations(job) + block_activations(job) - recomputed_block(job) - outside_activations(job)
         moments.append(Moment("backward of the last block", {
             **begin, "activations": again, "temporaries": _block_temporaries(job)}))
     if job.encoders:

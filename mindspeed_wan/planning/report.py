@@ -94,7 +94,8 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
         "tensor": dims.tensor, "sequence_parallel": dims.sequence_parallel, "context": dims.context,
         "ulysses": dims.ulysses_size, "ring": dims.ring, "data": dims.data,
         "shard": dims.shard_size if job.fsdp2 else None,
-        "recomputed_blocks": job.recomputed, "accumulation": job.accumulation, "cfg": job.cfg,
+        "recomputed_blocks": job.recomputed, "keep_attention": job.keep_attention,
+        "accumulation": job.accumulation, "cfg": job.cfg,
         "memory_bytes": memory.total, "memory_peak": memory.peak.name,
         "memory_moments": {moment.name: moment.parts for moment in memory.moments},
         "seconds": time.parts, "step_seconds": time.step, "total_seconds": time.total,
@@ -116,8 +117,10 @@ def start(layout: Layout, task: str) -> list[str]:
     if not job.fsdp2:
         words.append("FSDP_CONFIG=")
     words.append(f"bash examples/wan2.2/A14B/{task}/pretrain_high.sh")
-    if job.recomputed > 0 and (job.recomputed < job.model.num_layers or not job.fsdp2):
+    if job.recomputed and (job.recomputed < job.model.num_layers or job.keep_attention or not job.fsdp2):
         words.append(f"--recompute-granularity full --recompute-method block --recompute-num-layers {job.recomputed}")
+    if job.keep_attention:
+        words.append("--recompute-skip-core-attention")
     lines = [f"start it: {' '.join(words)}"]
     if job.fsdp2:
         lines += ["  with recompute_modules: [] in the FSDP2 file (FSDP_CONFIG)"] if not job.recomputed else []

@@ -14,10 +14,13 @@ from mindspeed_wan.errors import ConfigError, ResourceError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.planning.devices import PRESETS, device
+from mindspeed_wan.planning.duration import plan_duration
 from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.layouts import USABLE, Search, search
 from mindspeed_wan.planning.memory import plan_memory
 from mindspeed_wan.planning.scaling import scaling
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def test_command_prints_json_and_plots(capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_the_start_line_reproduces_the_layout(job: Job) -> None:
-    """Its flags, read by the trainer's own parser, give the degrees that were planned."""
+    """Every degree of the plan is in it, in words that the launch script and the trainer know."""
     from mindspeed_wan.planning.report import start
 
     plan = search(job, Search(devices=32, tensor=2, context=4, ulysses=2, shard=8))
@@ -107,6 +110,19 @@ def test_the_start_line_reproduces_the_layout(job: Job) -> None:
         assert word in line
     assert f"--recompute-num-layers {plan.layouts[0].job.recomputed}" in line
     assert rest == ["  with sharding_size: 8 in the FSDP2 file"]
+    known = (ROOT / "docs" / "reference" / "flags.md").read_text(encoding="utf-8")
+    assert all(word in known for word in line.split() if word.startswith("--"))
+    readme = (ROOT / "examples" / "wan2.2" / "README.md").read_text(encoding="utf-8")
+    assert all(word.partition("=")[0] in readme for word in line.split() if word.isupper() and "=" in word)
+
+
+def test_attention_is_kept_where_that_is_faster(job: Job) -> None:
+    """Running attention again costs more than its results take, as long as these fit."""
+    best = search(job, Search(devices=16)).layouts[0].job
+    assert best.keep_attention
+    without = best.with_changes(keep_attention=False)
+    assert plan_duration(without).step > plan_duration(best).step
+    assert plan_memory(without).total < plan_memory(best).total
 
 
 def test_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ from mindspeed_wan.planning.job import Job, lora_sizes, unit_sizes
 from mindspeed_wan.planning.memory import block_activations, plan_memory
 from tests.helpers.spawn import run_ranks
 
-MEASURED = ("1 rank", "1 rank, bf16, recompute", "TP2 SP", "CP2 Ulysses", "FSDP2 of 2", "FSDP2 of 2, bf16, recompute")
+MEASURED = ("1 rank", "1 rank, bf16, recompute", "LoRA, FSDP2 of 2, bf16, recompute",
+            "1 rank, recompute but attention", "TP2 SP", "CP2 Ulysses", "FSDP2 of 2", "FSDP2 of 2, bf16, recompute")
 
 
 @pytest.mark.parametrize("name", MEASURED)
