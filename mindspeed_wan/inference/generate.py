@@ -76,7 +76,7 @@ def _run(generator: WanGenerator) -> None:
         say(f"{len(finished)} of {len(jobs)} were finished earlier (--resume false makes them again)", flush=True)
     todo = [job for job in jobs if job.index not in finished]
     mine = todo[runtime.replica :: runtime.layout.replicas]
-    runtime.agree(lambda: [video_io.check_writable(job.output) for job in mine if runtime.leads])
+    runtime.agree(lambda: video_io.check_writable([job.output for job in mine if runtime.leads]))
     started = time.perf_counter()
     generator.prompts.encode([text for job in mine for text in (job.prompt, options.negative_prompt)])
     generator.prompts.release()

@@ -172,7 +172,7 @@ def _read_original(root: Path, experts: dict[str, Path]) -> _Parts:
     )
 
 
-def _encoders_beside(root: Path) -> dict[str, Path | None]:
+def _encoders_beside(root: Path) -> dict[str, Any]:
     """Find the encoders of either layout in ``root``."""
     candidates = {
         "vae": (original_names.VAE_FILE, "vae"),

@@ -151,7 +151,7 @@ def _pad_bottom_right(state: _State, x: Tensor) -> Tensor:
     return _with_halo(x, state.current, 0, 1)
 
 
-def _attention(block: nn.Module, state: _State, x: Tensor) -> Tensor:
+def _attention(block: Any, state: _State, x: Tensor) -> Tensor:
     """Single-head attention of the local pixels over all pixels of the frame; x [B, C, T, h, w]."""
     batch, channels, frames, height, width = x.shape
     images = x.permute(0, 2, 1, 3, 4).reshape(batch * frames, channels, height, width)
@@ -202,7 +202,7 @@ class ParallelVAE:
         ConfigError: a grid that does not match the group, or an autoencoder with layers this file does not know.
     """
 
-    def __init__(self, autoencoder: nn.Module, group: Any = None, *, grid: tuple[int, int] | None = None) -> None:
+    def __init__(self, autoencoder: Any, group: Any = None, *, grid: tuple[int, int] | None = None) -> None:
         self.group, self.grid = group, grid
         self.ranks = dist.get_world_size(group)
         if grid is not None and grid[0] * grid[1] != self.ranks:
@@ -254,7 +254,7 @@ class ParallelVAE:
             self._state.layout = None
 
 
-def _shared_copy(module: nn.Module) -> nn.Module:
+def _shared_copy(module: nn.Module) -> Any:
     """Copy a module tree without copying its parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
@@ -266,24 +266,27 @@ def _replace_forwards(autoencoder: nn.Module, state: _State) -> None:
     Instances keep their class: the library counts its causal convolutions by type to size the cache over time.
     """
     for name, module in autoencoder.named_modules():
-        kind = type(module).__name__
-        if kind == "WanAttentionBlock":
+        if type(module).__name__ == "WanAttentionBlock":
             module.forward = partial(_attention, module, state)
         elif isinstance(module, nn.ZeroPad2d):
-            if tuple(module.padding) != (0, 1, 0, 1):
-                raise ConfigError(f"padding {module.padding} is not the Wan encoder's", where=name)
-            module.forward = partial(_pad_bottom_right, state)
+            _replace_padding(name, module, state)
         elif isinstance(module, (nn.Conv2d, nn.Conv3d)) and max(module.kernel_size[-2:]) > 1:
             _replace_convolution(name, module, state)
 
 
-def _replace_convolution(name: str, conv: nn.Conv2d | nn.Conv3d, state: _State) -> None:
-    spatial = (tuple(conv.kernel_size[-2:]), tuple(conv.stride[-2:]))
-    if spatial == ((3, 3), (2, 2)) and isinstance(conv, nn.Conv2d) and tuple(conv.padding) == (0, 0):
+def _replace_padding(name: str, padding: Any, state: _State) -> None:
+    if tuple(padding.padding) != (0, 1, 0, 1):
+        raise ConfigError(f"padding {padding.padding} is not the Wan encoder's", where=name)
+    padding.forward = partial(_pad_bottom_right, state)
+
+
+def _replace_convolution(name: str, conv: Any, state: _State) -> None:
+    spatial, in_time = (tuple(conv.kernel_size[-2:]), tuple(conv.stride[-2:])), len(conv.kernel_size) == 3
+    if spatial == ((3, 3), (2, 2)) and not in_time and tuple(conv.padding) == (0, 0):
         return  # its padding comes from the ZeroPad2d before it
     if spatial != ((3, 3), (1, 1)):
         raise ConfigError(f"convolution {spatial} has no halo rule", where=name)
-    if isinstance(conv, nn.Conv3d):
+    if in_time:
         # The library keeps (left, right, top, bottom, frames before, frames after) and convolves without padding.
         left, right, top, bottom, frames, _ = conv._padding
         if (left, right, top, bottom) != (1, 1, 1, 1):

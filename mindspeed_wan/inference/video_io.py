@@ -53,16 +53,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def check_writable(path: Path) -> None:
-    """Find out now whether ``path`` can be written, rather than after minutes of computing.
+def check_writable(paths: Sequence[Path]) -> None:
+    """Find out now whether ``paths`` can be written, rather than after minutes of computing.
 
     Raises:
-        ResourceError: it cannot.
+        ResourceError: one cannot.
     """
-    probe = path.with_name(f".{path.name}.probe")
-    with atomic_path(probe) as temporary:
-        temporary.touch()
-    probe.unlink()
+    for path in paths:
+        probe = path.with_name(f".{path.name}.probe")
+        with atomic_path(probe) as temporary:
+            temporary.touch()
+        probe.unlink()
 
 
 def to_frames(video: torch.Tensor) -> np.ndarray:
@@ -88,7 +89,7 @@ def write_mp4(path: Path, frames: np.ndarray, *, fps: int, crf: int = 18) -> Non
         atomic_path(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        stream = container.add_stream(encoder, rate=Fraction(fps))
+        stream: Any = container.add_stream(encoder, rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": str(crf), "preset": "medium"} if encoder == "libx264" else {}
         for frame in frames:

@@ -27,8 +27,8 @@ class ImageEncoder:
         side: pixels of the square input.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.side: int = model.config.image_size
 
     @classmethod
@@ -45,7 +45,7 @@ class ImageEncoder:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         with torch.device("meta"):
-            model = CLIPVisionModel(CLIPVisionConfig.from_dict(fields))
+            model: Any = CLIPVisionModel(CLIPVisionConfig.from_dict(fields))
         expected = set(model.state_dict())
         # transformers 5 dropped the prefix that files and version 4 have.
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in expected) else ""
