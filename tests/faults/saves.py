@@ -56,10 +56,25 @@ def killed_saves(tally: Tally, count: int, folder: Path) -> None:
 
 
 def killed_background_saves(tally: Tally, count: int, folder: Path) -> None:
-    """T2: the same between submission and completion of a background save."""
-    for number in range(count):
+    """T2: the same between submission and completion of a background save; one case in ten loses one of two ranks."""
+    for number in range(count // 10):
+        with tally.case(f"one of two ranks, {number}"):
+            _lose_one_rank(folder / f"two{number}")
+    for number in range(count - count // 10):
         with tally.case(number):
             _kill_one(folder / f"async{number}", random.Random(number), background=True)
+
+
+def _lose_one_rank(root: Path) -> None:
+    """Kill -9 one of two ranks after it has submitted its part: the tracker stays where it was."""
+    root.mkdir()
+    ranks = [Victim(victims.lose_a_rank, rank, str(root / "store"), str(root), log=root / f"{rank}.log")
+             for rank in range(2)]
+    assert ranks[1].wait() == -9
+    assert ranks[0].wait() == 6, ranks[0].output()[-500:]
+    found = dcp.newest(root, full_hash=True)
+    assert found is not None and found.iteration == 1 == _tracker(root)
+    assert not (root / "iter_0000002").exists()
 
 
 # ---- rot -----------------------------------------------------------------------------------------------------

@@ -40,6 +40,29 @@ def save_for_ever(root: str, background: bool) -> None:
         iteration += 1
 
 
+def lose_a_rank(rank: int, store: str, root: str) -> None:
+    """Save iteration 1 on two ranks, then 2 in the background; rank 1 dies after submitting its part."""
+    import signal
+
+    from mindspeed_wan.errors import run_main
+    from mindspeed_wan.parallel.failures import explained
+
+    def work() -> None:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        group = dist.new_group(backend="gloo")
+        with explained():
+            for iteration in (1, 2):
+                state = {f"model.part{rank}": torch.full((1000,), float(iteration))}
+                record = dcp.Record(dcp.Progress(iteration=iteration), CARD)
+                pending = BackgroundSave(root, state, record, group)
+                if rank == 1 and iteration == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                pending.finish()
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    run_main(work)  # type: ignore[arg-type]
+
+
 def train(rank: int, world_size: int, store: str, argv: list[str], patch: str = "") -> None:
     """Run ``pretrain_sora.py`` as one rank, exit code included.
 
