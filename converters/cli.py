@@ -22,11 +22,12 @@ _DTYPES = ("fp32", "bf16", "fp16")
 
 # option name in the file and on the command line -> attribute of the parsed arguments
 _CFG_KEYS = {
-    "source_path": "source_path", "target_path": "target_path", "hf_dir": "hf_dir",
+    "source_path": "source_path", "target_path": "target_path", "hf_dir": "hf_dir", "lora_path": "lora_path",
     "target_parallel_config.tp_size": "tp_size", "target_parallel_config.pp_layers": "pp_layers",
     "target_parallel_config.ep_size": "ep_size",
 }
-_OPTIONS = ("expert", "dtype", "max_shard_size", "workers", "dry_run", "overwrite", "resume", "verify", "quiet", "json")
+_OPTIONS = ("expert", "dtype", "max_shard_size", "workers", "dry_run", "overwrite", "resume", "verify", "quiet", "json",
+            "lora_rank", "lora_alpha", "use_npu")
 
 
 def main() -> None:
@@ -134,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     cfg.add_argument("--cfg.target_parallel_config.pp_layers", dest="pp_layers", type=_layers, metavar="LIST",
                      help="blocks per stage, '[10,10,10,10]'; with virtual stages '[[5,5],[5,5]]'")
     cfg.add_argument("--cfg.target_parallel_config.ep_size", dest="ep_size", type=int, metavar="1")
+    cfg.add_argument("--cfg.lora_path", dest="lora_path", metavar="ADAPTER", help="merge_lora_to_base: the adapter")
+    cfg.add_argument("--lora_rank", type=int, metavar="N", help="compared with the adapter's own rank")
+    cfg.add_argument("--lora_alpha", type=float, metavar="A", help="for adapters that carry no alpha")
+    cfg.add_argument("--use_npu", metavar="BOOL", help="accepted; merging is fp32 on the CPU, one weight at a time")
     add = parser.add_argument_group("options").add_argument
     add("--expert", choices=("high", "low"), help="convert one expert of a pipeline, or name the one given")
     add("--dtype", choices=_DTYPES, help="store in this precision (default: as in the source)")
@@ -220,6 +225,8 @@ def _checked(name: str, value: Any, path: str | None) -> Any:
     if name == "max_shard_size" and isinstance(value, str):
         return _size(value)
     kinds: dict[str, tuple[type, ...]] = {"tp_size": (int,), "ep_size": (int,), "workers": (int,), "pp_layers": (list,),
+                                          "lora_rank": (int, type(None)), "lora_alpha": (int, float, type(None)),
+                                          "use_npu": (bool, str, type(None)),
                                           "max_shard_size": (int,)}
     flags = ("dry_run", "overwrite", "resume", "verify", "quiet", "json")
     wanted = (bool,) if name in flags else kinds.get(name, (str, type(None)))

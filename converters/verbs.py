@@ -36,6 +36,8 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     *_conversions(),
     Verb("resplit", "MindSpeed-MM -> MindSpeed-MM in another TP x PP x VPP layout", "mm", "mm"),
     Verb("merge_dcp_to_hf", "another name of dcp_to_hf", "dcp", "hf"),
+    Verb("lora_hf_to_mm", "an adapter in any format -> MindSpeed-MM's names"),
+    Verb("merge_lora_to_base", "weights + adapter (--cfg.lora_path) -> weights in the same format"),
     Verb("inspect", "what is this folder, and what is it good for?"),
     Verb("verify", "is this folder whole? are two folders equal, in whatever formats?"),
 )}
@@ -45,11 +47,12 @@ CONVERTERS: dict[str, str | None] = {"WanConverter": None, "Wan2.2T2VConverter":
 
 
 ELSEWHERE = {
-    "lora_hf_to_mm": "adapters in any format are read as they are; see mindspeed-wan lora --help",
-    "merge_lora_to_base": "use mindspeed-wan lora merge",
     "layerzero_to_mm": "convert MindSpeed LayerZero checkpoints with MindSpeed-MM, then use mm_to_dcp or mm_to_hf",
 }
-"""MindSpeed-MM's other verbs, and what to use instead."""
+"""MindSpeed-MM's other verb, and what to use instead."""
+
+
+LORA_VERBS = ("lora_hf_to_mm", "merge_lora_to_base")
 
 
 def run_verb(verb: Verb, converter: str, args: argparse.Namespace) -> int:
@@ -58,6 +61,9 @@ def run_verb(verb: Verb, converter: str, args: argparse.Namespace) -> int:
 
     if not args.source_path:
         raise ConfigError("no source", fix=f"mm-convert {verb.name} SOURCE ..., or --cfg.source_path SOURCE")
+    if verb.name in LORA_VERBS:
+        _run_lora(verb, args)
+        return 0
     if verb.source is None:
         _run_reader(verb, args)
         return 0
@@ -79,6 +85,22 @@ def run_verb(verb: Verb, converter: str, args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size, workers=args.workers, dry_run=args.dry_run, overwrite=args.overwrite,
         resume=args.resume, verify=args.verify, quiet=args.quiet, task=CONVERTERS[converter], converter=converter))
     return 0
+
+
+def _run_lora(verb: Verb, args: Any) -> None:
+    from mindspeed_wan_converters import lora
+
+    if not args.target_path:
+        raise ConfigError("no target", fix=f"mm-convert {verb.name} SOURCE TARGET, or --cfg.target_path TARGET")
+    from pathlib import Path
+
+    def path(text: str | None) -> Path | None:
+        return Path(text).expanduser() if text else None
+
+    options = lora.LoraOptions(source=Path(args.source_path).expanduser(), target=Path(args.target_path).expanduser(),
+                               lora=path(args.lora_path), hf_dir=path(args.hf_dir), rank=args.lora_rank,
+                               alpha=args.lora_alpha)
+    getattr(lora, verb.name)(options)
 
 
 def _run_reader(verb: Verb, args: Any) -> None:

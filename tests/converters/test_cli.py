@@ -90,7 +90,7 @@ def test_config_file_and_print_config(tmp_path: Path, hf: Path, capsys: pytest.C
 BAD_COMMANDS = [
     (["hf_to_dpc", "a", "b"], "hf_to_dcp"),
     (["WanConvertor", "hf_to_dcp"], "WanConverter"),
-    (["WanConverter", "merge_lora_to_base"], "mindspeed-wan lora merge"),
+    (["WanConverter", "merge_lora_to_base", "HF", "OUT"], "--cfg.lora_path"),
     (["hf_to_dcp"], "no source"),
     (["hf_to_dcp", "HF"], "no target"),
     (["hf_to_dcp", "HF", "OUT", "--dytpe", "bf16"], "--dtype"),
