@@ -15,8 +15,8 @@ from torch import Tensor
 from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.models import frozen_weights, original_names
 
-_HEAD_DIM = 80
-"""Channels per head of ViT-H/14, which the original file does not say."""
+_HEADS = 16
+"""Attention heads of ViT-H/14, which the original file does not say."""
 
 
 class ImageEncoder:
@@ -98,7 +98,7 @@ def _read_original(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     width, _, size, _ = patch.shape
     fields = {
         "hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // _HEAD_DIM), "patch_size": size,
+        "num_attention_heads": _HEADS, "patch_size": size,
         "image_size": size * round((tensors["embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5),
         "hidden_act": "gelu", "layer_norm_eps": 1e-5,
     }

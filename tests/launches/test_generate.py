@@ -135,3 +135,29 @@ def test_direct_call_and_help(tmp_path):
     done = run([*program, *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert frame_count(tmp_path / "o.mp4") == 9
+
+
+def test_image_to_video_from_lists(tmp_path):
+    """The I2V script with MindSpeed-MM's file: one image for each prompt, last images too."""
+    from PIL import Image
+
+    root = tiny_pipeline_folder(task="i2v")
+    for index in range(2):
+        Image.effect_noise((120, 80), 60).convert("RGB").save(tmp_path / f"{index}.png")
+    (tmp_path / "images.txt").write_text("0.png\n1.png\n")
+    text = {
+        "prompt": ["a cat", "a dog"], "image": "images.txt", "last_image": ["1.png", "0.png"], "save_path": "out",
+        "dtype": "fp32", "pipeline_config": {"input_size": [5, 32, 48]}, "ae": {"from_pretrained": str(root / "vae")},
+        "tokenizer": {"from_pretrained": str(root / "tokenizer")}, "predictor": {"model_type": "wan2.2-i2v"},
+        "text_encoder": {"from_pretrained": str(root / "text_encoder")},
+        "low_noise_predictor": str(root / "transformer_2"), "diffusion": {"num_inference_steps": 2, "flow_shift": 5.0},
+    }
+    (tmp_path / "m.json").write_text(json.dumps(text))
+    script = SCRIPT.parents[1] / "i2v" / "inference.sh"
+    flags = ["--mm-model", "m.json", "--load", str(root / "transformer")]
+    done = run(["bash", str(script), *flags], tmp_path, NPROC_PER_NODE="2")  # one video on each rank
+    assert done.returncode == 0, done.stderr
+    assert [frame_count(tmp_path / "out" / f"video_{index}.mp4") for index in range(2)] == [5, 5]
+    shutil.copy(tmp_path / "0.png", tmp_path / "only.png")
+    lonely = run(["bash", str(script), *flags, "--image", "0.png", "1.png", "only.png"], tmp_path)
+    assert lonely.returncode == 2 and "3 images for 2 prompts" in lonely.stderr
