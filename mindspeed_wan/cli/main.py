@@ -22,7 +22,7 @@ COMMANDS = {
     "plan": ("mindspeed_wan.cli.plan", "memory and time of a run before it starts"),
     "data": ("mindspeed_wan.cli.data", "check annotations and clips, count what a run would use"),
     "features": ("mindspeed_wan.cli.features", "encode clips and captions once, for training from cached features"),
-    "import": ("mindspeed_wan.cli.import_", "take over another tool's data set or checkpoint"),
+    "import": ("mindspeed_wan.cli.import_", "another trainer's command line as our configuration and launcher"),
     "lora": ("mindspeed_wan.cli.lora", "inspect, convert and merge LoRA files"),
     "eval": ("mindspeed_wan.cli.eval", "score generated videos, compare two models"),
     "report": ("mindspeed_wan.cli.report", "one HTML file about training runs"),

@@ -94,8 +94,10 @@ def check_same_kind(card: Mapping[str, Any], config: RunConfig, where: str) -> N
         held, asked = ("all weights", "trains adapters") if stored is None else ("adapters", "trains all weights")
         raise CheckpointError(f"holds {held}, but this run {asked}", where=where,
                               fix="choose another --save, or the flags the run was started with")
-    changed = [f"{key} {stored[key]} instead of {wanted[key]}" for key in (wanted or {})
-               if stored.get(key) != wanted[key]]
+    if stored is None or wanted is None:
+        return
+    changed = [f"{key} {stored.get(key)} instead of {value}" for key, value in wanted.items()
+               if stored.get(key) != value]
     if changed:
         raise CheckpointError("was saved with other adapters: " + "; ".join(changed), where=where,
                               fix="use the --lora-* flags the run was started with, or another --save")
