@@ -91,7 +91,6 @@ def main() -> int:
     path = Path(options.out or RESULTS / f"dit_step_{platform.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print_table(rows)
     print(f"wrote {path}")
     return 0
 
@@ -138,6 +137,7 @@ def measure(
                 ratio=seconds[1] / seconds[0], ours_tflops=flops / seconds[0] / 1e12, gemm_tflops=gemm / 1e12,
                 share_of_gemm=flops / seconds[0] / gemm, relative_difference=difference,
             ))
+            print_row(rows[-1])
     return rows
 
 
@@ -271,13 +271,11 @@ def machine(platform: Platform) -> dict[str, object]:
     }
 
 
-def print_table(rows: list[Row]) -> None:
-    """Print one line per case."""
-    header = ("case", "dtype", "compiled", "ours", "diffusers", "ratio", "TFLOP/s", "of GEMM")
-    print("{:32} {:5} {:8} {:>9} {:>9} {:>6} {:>8} {:>7}".format(*header))
-    for r in rows:
-        print(f"{r.case:32} {r.dtype:5} {r.compiled!s:8} {r.ours_seconds:8.3f}s {r.diffusers_seconds:8.3f}s"
-              f" {r.ratio:6.2f} {r.ours_tflops:8.3f} {r.share_of_gemm:7.1%}")
+def print_row(r: Row) -> None:
+    """Print a case as soon as it is measured."""
+    print(f"{r.case:32} {r.dtype:5} {'compiled' if r.compiled else 'eager':8} ours {r.ours_seconds:8.3f} s,"
+          f" diffusers {r.diffusers_seconds:8.3f} s, ratio {r.ratio:5.2f}, {r.ours_tflops:8.3f} TFLOP/s,"
+          f" {r.share_of_gemm:6.1%} of GEMM", flush=True)
 
 
 if __name__ == "__main__":
