@@ -264,7 +264,7 @@ def machine(platform: Platform) -> dict[str, object]:
         "device": platform.device_name(),
         "platform": platform.name,
         "threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average_at_end": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": host.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
