@@ -38,6 +38,8 @@ def start(save: Path, *flags: str, ranks: int = 1, patch: str = "", **options: o
     store = save.parent / f"{save.name}.rendezvous"
     store.unlink(missing_ok=True)
     logs = [save.parent / f"{save.name}.{rank}.log" for rank in range(ranks)]
+    for log in logs:
+        log.unlink(missing_ok=True)  # data workers of a killed job may still write to theirs
     return [Victim(victims.train, rank, ranks, str(store), argv, patch, log=logs[rank]) for rank in range(ranks)]
 
 
