@@ -20,7 +20,8 @@ from typing import Any
 
 _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
             "megatron.core.parallel_state", "megatron.core.tensor_parallel", "mindspeed_wan.training.setup",
-            "mindspeed_wan.training.pretrain", "mindspeed_wan.checkpoint.background", "tests.faults.victims"]
+            "mindspeed_wan.training.pretrain", "mindspeed_wan.config.load", "mindspeed_wan.training.loop",
+            "mindspeed_wan.checkpoint.background", "tests.faults.victims"]
 
 
 @dataclass
