@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mindspeed_wan.checkpoint.weights import load_model_weights
 from mindspeed_wan.errors import WanError
-from mindspeed_wan.lora.formats import read_lora
+from mindspeed_wan.lora.apply import load_adapter
+from mindspeed_wan.lora.formats import read_lora, write_lora
 from mindspeed_wan.models.wan.config import WanConfig
+from mindspeed_wan.models.wan.provider import build_wan
+from mindspeed_wan.models.wan.views import global_views
+from mindspeed_wan.platforms import get_platform
 from tests.helpers.spawn import run_ranks
 from tests.helpers.world import (
     EXPERT_FOLDER,
@@ -81,6 +86,32 @@ def test_only_the_adapter_is_saved_and_its_file_says_alpha(world: World, referen
     assert json.loads((folder / "manifest.json").read_text("utf-8"))["files"]["adapter.safetensors"]
 
 
+def test_the_trained_file_in_diffusers_and_peft(world: World, reference: Path, tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+    from peft import PeftModel
+
+    config = architecture(world)
+    folder, lora = reference / f"iter_{ITERATIONS:07d}", read_lora(reference / f"iter_{ITERATIONS:07d}", config)
+    model = build_wan(config, platform=get_platform("cpu"))
+    load_model_weights(world.model / "transformer", global_views(model), config)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, config.in_channels, 2, 8, 8, generator=generator)
+    text, timestep = torch.randn(1, 512, config.text_dim, generator=generator), torch.tensor([900.0])
+    plain = model(latents, timestep, text).detach()
+    load_adapter(model, lora, "trained")
+    ours = model(latents, timestep, text).detach()
+    base = world.model / "transformer"
+    in_diffusers = WanTransformer3DModel.from_pretrained(base, torch_dtype=torch.float32)
+    in_diffusers.load_lora_adapter(str(folder), weight_name="adapter.safetensors", prefix="transformer")
+    write_lora(lora, tmp_path / "peft", config, "peft")
+    in_peft = PeftModel.from_pretrained(
+        WanTransformer3DModel.from_pretrained(base, torch_dtype=torch.float32), tmp_path / "peft")
+    assert float((ours - plain).norm() / plain.norm()) > 1e-3
+    for theirs in (in_diffusers, in_peft):
+        found = theirs(latents, timestep, text, return_dict=False)[0].detach()
+        assert float((ours - found).norm() / found.norm()) <= 1e-5
+
+
 RESUMED: dict[str, tuple[int, list[str]]] = {
     "one_rank_dropout": (1, ["--lora-dropout", "0.2"]),
     "bf16_fsdp2_async_ema": (2, [*FSDP2, "--bf16", "--async-save", "--ema-decay", "0.9"]),
@@ -125,8 +156,6 @@ def test_load_base_model_with_an_adapter_of_another_format(world: World, referen
                                          iters=ITERATIONS + 1), init=False)
     assert [row["iteration"] for row in metrics(going_on)] == [ITERATIONS + 1]
     lora = read_lora(reference / f"iter_{ITERATIONS:07d}", architecture(world))
-    from mindspeed_wan.lora.formats import write_lora
-
     file = write_lora(lora, tmp_path / "kohya.safetensors", architecture(world), "kohya2")
     flags = [*LORA, "--load", str(file), "--load-base-model", base, "--lr", "0", "--min-lr", "0",
              "--lora-format", "comfy"]
