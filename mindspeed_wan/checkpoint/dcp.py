@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -227,9 +228,12 @@ def remove_old(root: Path, keep_last: int) -> list[Path]:
     named = manifest.read_tracker(root)
     old = [(i, folder) for i, folder in complete_iterations(root) if i != named][max(keep_last - 1, 0):]
     for _, folder in old:
-        # The manifest goes first: a half-removed folder must not look complete.
-        (folder / manifest.MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        # Under a staging name a half-removed folder does not look complete, and the next save clears it.
+        doomed = manifest.staging_path(folder)
+        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):
+            os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     return [folder for _, folder in old]
 
 

@@ -177,6 +177,18 @@ def test_retention_keeps_the_newest_and_leaves_strangers_alone(tmp_path: Path) -
         "iter_0000004", "iter_0000005", "iter_0000009", "release"]
 
 
+def test_a_removal_that_was_interrupted_is_finished_by_the_next_save(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    for iteration in (1, 2):
+        Tiny(1).save(tmp_path, iteration)
+    with monkeypatch.context() as patched:
+        patched.setattr(dcp.shutil, "rmtree", lambda *_, **__: None)  # killed right after the rename
+        dcp.remove_old(tmp_path, 1)
+    assert [i for i, _ in dcp.complete_iterations(tmp_path)] == [2] and (tmp_path / ".iter_0000001.tmp").is_dir()
+    Tiny(1).save(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["iter_0000002", "iter_0000003"]
+
+
 def test_saving_again_over_the_same_iteration_and_over_leftovers(tmp_path: Path) -> None:
     (tmp_path / ".iter_0000002.tmp").mkdir(parents=True)
     (tmp_path / ".iter_0000002.tmp" / "junk").write_text("x")
