@@ -129,8 +129,13 @@ def preflight(args: argparse.Namespace) -> tuple[str, ...]:
     from mindspeed_wan.config import flags
 
     world_size = args.nproc_per_node * args.nnodes
-    config = flags.parse(arguments, {**os.environ, "WORLD_SIZE": str(world_size)})
-    if config.training.dry_run and world_size > 1:
+    lines = [list(arguments)]
+    if any(word in ("both", "--expert=both") for word in arguments):
+        from mindspeed_wan.training.both import split
+
+        lines = split(arguments)
+    configs = [flags.parse(line, {**os.environ, "WORLD_SIZE": str(world_size)}) for line in lines]
+    if configs[0].training.dry_run and world_size > 1:
         args.nproc_per_node = args.nnodes = 1
         args.node_rank = 0
         if not any(word.partition("=")[0] == "--world-size" for word in arguments):

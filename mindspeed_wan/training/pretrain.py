@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _lines(argv: list[str]) -> list[list[str]]:
     """Return one command line per expert; torch is not needed to see that there is only one."""
-    if not any(word.endswith("both") for word in argv):
+    if not any(word in ("both", "--expert=both") for word in argv):
         return [argv]
     from mindspeed_wan.training.both import split
 
