@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,10 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MINDSPEED_WAN_DEVICE", "cpu")
-
-from pathlib import Path  # noqa: E402 - after the environment of the libraries is set
-
-import pytest  # noqa: E402
 
 _CORE = ("unit/models", "unit/parallel", "unit/diffusion", "unit/platforms", "unit/checkpoint", "unit/training",
          "unit/config", "unit/lora", "distributed", "converters")

@@ -286,7 +286,7 @@ def read_progress(folder: Path) -> Progress:
     path = folder / PROGRESS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {field.name: type(field.default) for field in fields(Progress)}
+        kinds: dict[str, type] = {field.name: type(field.default) for field in fields(Progress)}
         return Progress(**{key: kinds[key](value) for key, value in values.items() if key in kinds})
     except FileNotFoundError:
         raise CheckpointError("the checkpoint says nothing about how far its run had come", where=str(path),
