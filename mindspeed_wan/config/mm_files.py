@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mindspeed_wan.config.base import Density, Expert, Section, Task, Weighting
+from mindspeed_wan.config.sections_model import ConditioningSection
 
 DTypeName = Literal["fp32", "float32", "bf16", "bfloat16"]
 ModelType = Literal["t2v", "i2v", "flf2v", "wan2.2-t2v", "wan2.2-i2v"]
@@ -133,6 +134,19 @@ class TilingFile(Section):
     """Distance between tiles in latent units."""
 
 
+class ImageEncoderFile(Section):
+    """The CLIP vision tower of Wan2.1 I2V."""
+
+    model_id: str | None = None
+    """No effect: there is one."""
+    hub_backend: Literal["hf"] = "hf"
+    """Layout of the folder."""
+    from_pretrained: str | None = None
+    """Folder or file of its weights."""
+    dtype: DTypeName = "fp32"
+    """Precision it encodes in."""
+
+
 class I2VProcessorFile(Section):
     """First-frame conditioning."""
 
@@ -142,8 +156,10 @@ class I2VProcessorFile(Section):
     """auto, or the value of enable_tiling: the first frame is encoded like the clips."""
     i2v_vae_encod_tiling: bool | Literal["auto"] | None = None
     """The same key as MindSpeed-MM's files spell it."""
-    image_encoder: dict[str, Any] | None = None
-    """CLIP vision encoder of Wan2.1 I2V; not read in training."""
+    image_encoder: ImageEncoderFile | None = None
+    """CLIP vision encoder of Wan2.1 I2V."""
+    conditioning: ConditioningSection = ConditioningSection()
+    """Which frames or masks training gives the model; the first frame unless said otherwise. A key of ours."""
 
 
 class AeFile(Section):

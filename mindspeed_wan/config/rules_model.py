@@ -87,12 +87,30 @@ def features_agree(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     return []
 
 
-def one_image_path(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """Wan2.1's I2V models also read CLIP tokens, which training does not make."""
-    if config.model.wan.image_dim is None:
-        return []
-    message = "training of Wan2.1 I2V (CLIP image tokens) is not available"
-    return mistake(message, "for Wan2.2 write model_type wan2.2-i2v", key="model:predictor.model_type")
+def image_side_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Caches hold the first frame's latents only; a last frame's CLIP tokens need that frame."""
+    model, given, found = config.model, config.model.conditioning, []
+    key, online = "model:ae.i2v_processor.conditioning", "set load_video_features and load_text_features to false"
+    if model.task == "t2v" and not given.is_default:
+        found += mistake("conditioning is given, but task t2v has none", "remove it, or set task to i2v", key=key)
+    if model.load_video_features and not given.is_default:
+        message = "cached features hold the first frame's latents; other frames and masks are drawn while training"
+        found += mistake(message, online, key=key)
+    if given.mode == "frames" and max(given.start_frames) + (given.last_frame > 0) > config.data.num_frames:
+        message = f"{max(given.start_frames)} start frames do not fit num_frames {config.data.num_frames}"
+        found += mistake(message, "give fewer start frames or longer clips", key=key)
+    if model.wan.image_dim is None:
+        return found
+    if model.load_video_features:
+        message = "cached features hold no CLIP states, which Wan2.1 I2V reads"
+        found += mistake(message, online, key="model:predictor.model_type")
+    if given.mode == "masks":
+        message = "Wan2.1 I2V reads CLIP states of its first frame, which random masks hide"
+        found += mistake(message, "set mode to frames; Fun-A14B-InP (model_type wan2.2-i2v) trains with masks", key=key)
+    if model.wan.pos_embed_len is not None and given.last_frame != 1.0:
+        message = f"last_frame {given.last_frame:g}: flf2v always reads the last frame"
+        found += mistake(message, "set last_frame to 1", key=key)
+    return found
 
 
 def paths_exist(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -103,6 +121,8 @@ def paths_exist(config: RunConfig, ranks: int | None) -> list[ConfigError]:
         wanted.append(("data:data_folder", data.data_folder))
     if not model.load_video_features:
         wanted.append(("model:ae.from_pretrained", model.vae.path))
+        if model.wan.image_dim is not None:
+            wanted.append(("model:ae.i2v_processor.image_encoder.from_pretrained", model.image_encoder.path))
     if not model.load_text_features:
         wanted.append(("model:text_encoder.from_pretrained", model.text_encoder.path))
         if model.text_encoder.tokenizer_path:
@@ -134,7 +154,7 @@ RULES: tuple[RuleRow, ...] = (
     (frames_fit, frozenset({"data"})),
     (sizes_fit, frozenset({"data", "model"})),
     (features_agree, frozenset({"data", "model"})),
-    (one_image_path, frozenset({"model"})),
+    (image_side_fits, frozenset({"data", "model"})),
     (paths_exist, frozenset({"data", "model"})),
 )
 """Every rule of this file, with the sections it reads."""

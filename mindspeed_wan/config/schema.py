@@ -17,8 +17,10 @@ from pydantic import Field
 
 from mindspeed_wan.config.base import Section
 from mindspeed_wan.config.sections_model import (
+    ConditioningSection,
     DataSection,
     DiffusionSection,
+    ImageEncoderSection,
     ModelSection,
     TextEncoderSection,
     VaeSection,
@@ -37,9 +39,11 @@ from mindspeed_wan.config.sections_run import (
 
 __all__ = [
     "CheckpointSection",
+    "ConditioningSection",
     "DataSection",
     "DiffusionSection",
     "Fsdp2Section",
+    "ImageEncoderSection",
     "LoggingSection",
     "LoraSection",
     "ModelSection",

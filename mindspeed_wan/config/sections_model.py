@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -72,6 +72,33 @@ class TextEncoderSection(Section):
     """Captions are cut after this many tokens."""
 
 
+class ImageEncoderSection(Section):
+    """The frozen CLIP vision tower of Wan2.1 I2V."""
+
+    path: str | None = None
+    """Folder of the encoder (a Diffusers ``image_encoder/``) or the original models_clip_*.pth."""
+    dtype: DType = "fp32"
+    """Precision it encodes in."""
+
+
+class ConditioningSection(Section):
+    """What of a training clip an I2V model is told; drawn anew for every sample and epoch."""
+
+    mode: Literal["frames", "masks"] = "frames"
+    """frames: whole frames at the start (and end); masks: Fun-InP's random masks, with their probabilities."""
+    start_frames: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
+    """Frames given at the start; of several numbers one is drawn for each sample."""
+    last_frame: float = Field(default=0.0, ge=0, le=1)
+    """Probability that the last frame is given too; 1 trains first-and-last-frame."""
+    grey_share: float = Field(default=0.1, ge=0, le=1)
+    """masks: of the samples with nothing known, the share that sees an encoded grey video; the others see zeros."""
+
+    @property
+    def is_default(self) -> bool:
+        """True for the first frame alone, which is what feature caches hold."""
+        return self.mode == "frames" and self.start_frames == (1,) and self.last_frame == 0.0
+
+
 class ModelSection(Section):
     """What is trained, and the frozen encoders that feed it."""
 
@@ -87,6 +114,10 @@ class ModelSection(Section):
     """Video VAE."""
     text_encoder: TextEncoderSection = TextEncoderSection()
     """Text encoder."""
+    image_encoder: ImageEncoderSection = ImageEncoderSection()
+    """CLIP of Wan2.1 I2V."""
+    conditioning: ConditioningSection = ConditioningSection()
+    """Known frames or masks of I2V and Fun-InP training."""
     load_video_features: bool = False
     """Batches hold VAE latents from a feature folder; the VAE is not loaded."""
     load_text_features: bool = False

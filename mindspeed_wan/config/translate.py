@@ -77,11 +77,27 @@ def model_section(file: ModelFile, document: Document, report: Report) -> dict[s
             "path": path_value(text.from_pretrained, document, ("text_encoder", "from_pretrained"), report),
             "dtype": DTYPES[text.dtype],
         },
+        **_image_side(ae, document, report),
         "load_video_features": file.load_video_features,
         "load_text_features": file.load_text_features,
         "encoder_offload_interval": file.encoder_offload_interval,
         "enable_encoder_dp": file.enable_encoder_dp,
     }
+
+
+def _image_side(ae: AeFile, document: Document, report: Report) -> dict[str, Any]:
+    """Return what I2V reads besides the clip: CLIP and the known frames."""
+    processor = ae.i2v_processor
+    if processor is None:
+        return {}
+    found: dict[str, Any] = {"conditioning": processor.conditioning}
+    if processor.image_encoder is not None:
+        keys: KeyPath = ("ae", "i2v_processor", "image_encoder", "from_pretrained")
+        found["image_encoder"] = {
+            "path": path_value(processor.image_encoder.from_pretrained, document, keys, report),
+            "dtype": DTYPES[processor.image_encoder.dtype],
+        }
+    return found
 
 
 def wan_section(predictor: PredictorFile) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from mindspeed_wan.data import feature_cache
 from mindspeed_wan.data.dataset import ClipDataset
 from mindspeed_wan.data.feature_cache import ClipContent, EncoderChoice, Identity
 from mindspeed_wan.errors import DataError
+from mindspeed_wan.models import conditioning
 from mindspeed_wan.models.text_encoder import TextEncoder
 from mindspeed_wan.models.vae import Tiling, WanVAE, unit_range
 
@@ -199,8 +200,7 @@ class Builder:
             video = unit_range(self.dataset.read(variant, index))
             found[f"{name}/latents/{variant}"] = self.encoder.encode_clip(video).cpu().contiguous()
             if self.identity.task == "i2v":
-                still = torch.zeros_like(video)
-                still[:, :1] = video[:, :1]
+                still = conditioning.visible_video(video, conditioning.known_frames(video.shape[1]))
                 found[f"{name}/condition/{variant}"] = self.encoder.encode_clip(still).cpu().contiguous()
         for number, caption in enumerate(row["captions"]):
             found[f"{name}/text/{number}"] = self.encoder.encode_text(caption).cpu().contiguous()

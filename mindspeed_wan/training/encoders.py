@@ -19,10 +19,13 @@ from torch import Tensor
 from mindspeed_wan.config.schema import RunConfig, VaeSection
 from mindspeed_wan.data.loader import MicroBatch
 from mindspeed_wan.diffusion import randomness
+from mindspeed_wan.models import conditioning
+from mindspeed_wan.models.image_encoder import ImageEncoder
 from mindspeed_wan.models.text_encoder import TextEncoder, pad_states
-from mindspeed_wan.models.vae import Tiling, WanVAE, unit_range
+from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape, unit_range
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.platforms.base import Platform
+from mindspeed_wan.training.conditions import known_pixels
 from mindspeed_wan.training.objective import SampleKey
 
 T = TypeVar("T")
@@ -34,7 +37,8 @@ class Features:
     """One encoded micro-batch on the device.
 
     ``latents`` [B, 16, f, h, w] fp32 normalised; ``text`` [B, Lt, text_dim], zero rows after each prompt;
-    ``condition`` [B, 20, f, h, w] (mask and first-frame latents) for I2V; ``keys`` (sample index, epoch).
+    ``condition`` [B, 20, f, h, w] (mask and latents of what is known) for I2V; ``image_embeds`` [B, 257, 1280] CLIP
+    states for Wan2.1 I2V ([2B, ...] with a last frame); ``keys`` (sample index, epoch).
     """
 
     latents: Tensor
@@ -64,11 +68,17 @@ class Encoders:
         self.max_length = model.text_encoder.max_length
         self._sharing = _Sharing(groups, self.device) if model.enable_encoder_dp else None
         self._offload_text = self.interval > 1 and platform.device_type != "cpu"
+        self.known = model.conditioning
+        self.image_count = 0 if model.wan.image_dim is None else 1 + (model.wan.pos_embed_len is not None)
+        self.clip: ImageEncoder | None = None
         self.vae: WanVAE | None = None
         self.text: TextEncoder | None = None
         if not model.load_video_features:
             self.vae = WanVAE.from_pretrained(str(model.vae.path), _DTYPES[model.vae.dtype], self.device,
                                               tiling=_tiling(model.vae))
+        if self.image_count:
+            self.clip = ImageEncoder.from_pretrained(str(model.image_encoder.path), _DTYPES[model.image_encoder.dtype],
+                                                     self.device)
         if not model.load_text_features:
             section = model.text_encoder
             self.text = TextEncoder.from_pretrained(str(section.path), _DTYPES[section.dtype],
@@ -83,11 +93,11 @@ class Encoders:
     def encode(self, batches: Sequence[MicroBatch]) -> list[Features]:
         """Encode a few micro-batches. Samples are encoded one by one, so the result does not depend on the cut."""
         latents, conditions = self._latents(batches), self._conditions(batches)
-        texts = self._texts(batches)
+        texts, images = self._texts(batches), self._images(batches)
         result = []
-        for batch, latent, condition, states in zip(batches, latents, conditions, texts):
+        for batch, latent, condition, states, image in zip(batches, latents, conditions, texts, images):
             text = pad_states(states, max(state.shape[0] for state in states)).to(self.device)
-            result.append(Features(latent, text, batch.keys, condition))
+            result.append(Features(latent, text, batch.keys, condition, image))
         return result
 
     # ---- video ---------------------------------------------------------------------------------------------------
@@ -99,28 +109,47 @@ class Encoders:
         return _regroup(self._map(lambda item: self._encode_clip(*item), clips), batches)
 
     def _conditions(self, batches: Sequence[MicroBatch]) -> Iterable[Tensor | None]:
-        """Return mask and first-frame latents of I2V, [B, 20, f, h, w]; ``None`` for T2V."""
+        """Return I2V's mask and conditioning latents, [B, 20, f, h, w]; ``None`` for T2V."""
         if not self.is_i2v:
             return [None] * len(batches)
         if self.vae is None:
-            firsts = [_given(batch.condition, "condition").to(self.device) for batch in batches]
-        else:
-            clips = [clip for batch in batches for clip in _given(batch.video, "video")]
-            firsts = _regroup(self._map(self._encode_first_frame, clips), batches)
-        return [torch.cat((first_frame_mask(first), first), dim=1) for first in firsts]
+            cached = [_given(batch.condition, "condition").to(self.device) for batch in batches]
+            return [conditioning.condition_channels(_first_frame_mask(latents), latents) for latents in cached]
+        clips = [(clip, key) for batch in batches for clip, key in zip(_given(batch.video, "video"), batch.keys)]
+        return _regroup(self._map(lambda item: self._encode_condition(*item), clips), batches)
+
+    def _images(self, batches: Sequence[MicroBatch]) -> Iterable[Tensor | None]:
+        """Return CLIP states of the first frame (and the last one for flf2v), [B or 2B, 257, 1280]; else ``None``."""
+        if self.clip is None:
+            return [None] * len(batches)
+        clips = [clip for batch in batches for clip in _given(batch.video, "video")]
+        return [states.flatten(0, 1) for states in _regroup(self._map(self._encode_images, clips), batches)]
 
     def _encode_clip(self, clip: Tensor, key: SampleKey) -> Tensor:
         assert self.vae is not None
         generator = randomness.generator(self.seed, key[0], key[1], "vae") if self.do_sample else None
         return self.vae.encode(clip[None], do_sample=self.do_sample, generator=generator)[0]
 
-    def _encode_first_frame(self, clip: Tensor) -> Tensor:
-        """Encode the first frame followed by grey (0 in [-1, 1]), as the official I2V does."""
+    def _encode_condition(self, clip: Tensor, key: SampleKey) -> Tensor:
+        """Return the channels [20, f, h, w] of what this sample's model is told of a clip [3, F, H, W]."""
         assert self.vae is not None
-        clip = unit_range(clip.to(self.device))
-        still = torch.zeros_like(clip)
-        still[:, :1] = clip[:, :1]
-        return self.vae.encode(still[None])[0]
+        frames, height, width = clip.shape[1:]
+        known = known_pixels(self.known, (frames, height, width), self.seed, key)
+        latent = latent_shape(frames, height, width)
+        if known is None:
+            return conditioning.nothing_known(latent).to(self.device)
+        seen = conditioning.visible_video(unit_range(clip.to(self.device)), known)
+        return conditioning.condition_channels(conditioning.mask_channels(known, latent[1:]),
+                                               self.vae.encode(seen[None])[0])
+
+    def _encode_images(self, clip: Tensor) -> Tensor:
+        """Return CLIP states [1 or 2, 257, 1280] of a clip [3, F, H, W] uint8."""
+        from PIL import Image
+
+        assert self.clip is not None
+        frames = [clip[:, index].permute(1, 2, 0).cpu().numpy() for index in (0, -1)[: self.image_count]]
+        pixels = conditioning.clip_pixels([Image.fromarray(frame) for frame in frames], "official", self.clip.side)
+        return self.clip.encode(pixels)
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
@@ -160,14 +189,10 @@ class _Sharing:
         return [results[i].to(self._device) for i in range(len(items))]
 
 
-def first_frame_mask(latents: Tensor) -> Tensor:
-    """Return I2V's mask [B, 4, f, h, w] for latents [B, 16, f, h, w]: 1 where the frame is given, the first one.
-
-    Four channels, because one latent frame stands for four video frames (the first is repeated four times).
-    """
-    mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
-    mask[:, :, 0] = 1.0
-    return mask
+def _first_frame_mask(latents: Tensor) -> Tensor:
+    """Return the mask [4, f, h, w] of cached conditions [B, 16, f, h, w], whose first frame is known."""
+    frames = 4 * (latents.shape[2] - 1) + 1
+    return conditioning.mask_channels(conditioning.known_frames(frames), (latents.shape[3], latents.shape[4]))
 
 
 def _tiling(section: VaeSection) -> Tiling | None:

@@ -36,7 +36,10 @@ class World:
 
 
 def make_world(folder: Path, *, task: str = "t2v", **clips: Any) -> World:
-    """Write the files of a job into ``folder``; the model and the clips are shared by all tests that only read them."""
+    """Write the files of a job into ``folder``; the model and the clips are shared by all tests that only read them.
+
+    ``task`` is ``tiny_pipeline_folder``'s: t2v, i2v, wan2.1-t2v or wan2.1-i2v.
+    """
     model = tiny_pipeline_folder(task=task)
     options = {"num_clips": 6, "size": (48, 80), "num_frames": 9, "fps": 16, "seed": 3, **clips}
     data = tiny_clips(**options)
@@ -49,16 +52,21 @@ def make_world(folder: Path, *, task: str = "t2v", **clips: Any) -> World:
 
 def model_json(model: Path, task: str, start: float, stop: float) -> dict[str, Any]:
     """Return MindSpeed-MM's model file for the tiny folder ``model``."""
+    kind = task.removeprefix("wan2.1-")  # Wan2.1 has one expert, and its I2V reads CLIP states
+    boundaries = {"min_timestep_boundary": start, "max_timestep_boundary": stop} if kind == task else {}
+    clip = {"i2v_processor": {"image_encoder": {"from_pretrained": str(model / "image_encoder")}}}
     wan = WanConfig.from_diffusers(json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8")))
     return {
-        "task": task, "load_video_features": False, "load_text_features": False, "encoder_offload_interval": 1,
+        "task": kind, "load_video_features": False, "load_text_features": False, "encoder_offload_interval": 1,
         "diffusion": {"model_id": "wan_flow_match_scheduler", "num_train_timesteps": 1000, "shift": 5,
-                      "min_timestep_boundary": start, "max_timestep_boundary": stop},
-        "predictor": {"model_id": "wandit", "model_type": f"wan2.2-{task}", "dtype": "bf16",
+                      **boundaries},
+        "predictor": {"model_id": "wandit", "model_type": kind if kind != task else f"wan2.2-{task}", "dtype": "bf16",
                       "in_dim": wan.in_channels, "out_dim": wan.out_channels, "hidden_size": wan.dim,
                       "ffn_dim": wan.ffn_dim, "freq_dim": wan.freq_dim, "text_dim": wan.text_dim, "text_len": 512,
-                      "num_heads": wan.num_heads, "num_layers": wan.num_layers, "patch_size": [1, 2, 2]},
-        "ae": {"model_id": "wan_video_vae", "from_pretrained": str(model / "vae"), "dtype": "fp32"},
+                      "num_heads": wan.num_heads, "num_layers": wan.num_layers, "patch_size": [1, 2, 2],
+                      **({"img_dim": wan.image_dim} if wan.image_dim else {})},
+        "ae": {"model_id": "wan_video_vae", "from_pretrained": str(model / "vae"), "dtype": "fp32",
+               **(clip if wan.image_dim else {})},
         "text_encoder": {"model_id": "UMT5", "from_pretrained": str(model / "text_encoder"), "dtype": "fp32"},
     }
 

@@ -73,7 +73,7 @@ BROKEN_FILES: list[tuple[str, Break, str]] = [
     ("pattern", lambda w: setattr(w, "fsdp2", w.fsdp2.replace(".head", ".{1}.{2}")), "not a module pattern"),
     ("sigma_min", lambda w: w.model["diffusion"].update(sigma_min=0.1), "ends at 0"),
     ("half cached", _cache, "cached together"),
-    ("wan2.1 i2v", _wan21_i2v, "CLIP image tokens"),
+    ("wan2.1 i2v", _wan21_i2v, "image_encoder.from_pretrained is not given"),
     (
         "tiling",
         lambda w: w.model["ae"].update(i2v_processor={"i2v_vae_encod_tiling": True}),
