@@ -17,6 +17,9 @@ def channels_match_task(config: RunConfig, ranks: int | None) -> list[ConfigErro
     """T2V reads the noisy latent only; I2V also 4 mask and 16 conditioning channels."""
     model = config.model
     latent = model.wan.out_channels
+    if 48 in (latent, model.wan.in_channels):
+        message = "48 latent channels: this is TI2V-5B, which is out of scope"
+        return mistake(message, "use Wan2.2 A14B or Wan2.1 14B, which have 16", key="model:predictor.in_dim")
     wanted = latent if model.task == "t2v" else 2 * latent + 4
     if model.wan.in_channels == wanted:
         return []

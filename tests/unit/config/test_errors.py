@@ -34,6 +34,7 @@ BROKEN_FILES: list[tuple[str, Break, str]] = [
     ("fraction", lambda w: w.model["predictor"].update(num_layers=2.5), "expected a whole number"),
     ("bool for int", lambda w: w.frames.update(num_frames=True), "expected a whole number"),
     ("refused", lambda w: w.model["predictor"].update(FPDT=True), "Ulysses"),
+    ("ti2v channels", lambda w: w.model["predictor"].update(in_dim=48, out_dim=48), "TI2V-5B, which is out of scope"),
     ("ti2v", lambda w: w.model["predictor"].update(seperated_timestep=True), "out of scope"),
     ("dtype", lambda w: w.model["ae"].update(dtype="fp16"), "'bf16'"),
     ("task", lambda w: w.model.update(task="t2i"), "'t2v' or 'i2v'"),
