@@ -120,7 +120,7 @@ def _drive(cache, functions, plan_steps: int, switch: int) -> list[torch.Tensor]
     """Run the cache over steps of a model whose residual at step i is ``functions(i)``."""
     outputs = []
     for step in range(plan_steps):
-        cache.begin(step, "high" if step < switch else "low")
+        cache.begin(step, "high" if step < switch else "low", None)
         x = torch.full((2, 1, 3), float(step))
         outputs.append(cache.around("cond")(x, lambda y, step=step: y + functions(step)) - x)
     return outputs
@@ -153,13 +153,13 @@ def test_taylor_is_exact_on_a_line(order: int) -> None:
 def test_branches_do_not_share_their_memory() -> None:
     cache = step_cache.StepCache(step_cache.CachePlan("magcache", (True, False)))
     x = torch.zeros(1, 1, 1)
-    cache.begin(0, "high")
+    cache.begin(0, "high", None)
     cache.around("cond")(x, lambda y: y + 1)
     cache.around("uncond")(x, lambda y: y + 2)
-    cache.begin(1, "high")
+    cache.begin(1, "high", None)
     assert float(cache.around("cond")(x, lambda y: y + 9)) == 1
     assert float(cache.around("uncond")(x, lambda y: y + 9)) == 2
-    cache.begin(0, "high")  # the next video starts with nothing
+    cache.begin(0, "high", None)  # the next video starts with nothing
     assert float(cache.around("cond")(x, lambda y: y + 5)) == 5
 
 
