@@ -295,9 +295,15 @@ class PreprocessFile(Section):
     """Exactly max_height x max_width."""
     hw_aspect_thr: float = Field(default=5.0, ge=1)
     """Drop clips with a longer side ratio."""
+    frame_choice: Literal["random", "head", "center", "uniform", "chunk"] = "random"
+    """Frames of a clip that is longer than needed."""
+    size_buckets: list[tuple[int, int]] = Field(default_factory=list)
+    """Several target sizes [height, width] instead of one."""
+    frame_buckets: list[int] = Field(default_factory=list)
+    """Several lengths instead of num_frames."""
     truncate_t_by_sp: Literal[False] = False
     """Cut frames to a multiple of the context degree."""
-    max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of clips that may be unreadable."""
     train_pipeline: TrainPipelineFile = TrainPipelineFile()
     """Frames to tensors."""
@@ -357,6 +363,8 @@ class LoaderFile(Section):
     """New order every epoch."""
     drop_last: bool = True
     """Drop the incomplete last batch of an epoch."""
+    balance_tokens: bool = False
+    """More clips of small or short buckets in a batch."""
     pin_memory: bool = True
     """Page-locked batches."""
     group_frame: bool = False

@@ -200,15 +200,24 @@ class DataSection(Section):
     """Probability of an empty caption (MindSpeed-MM: cfg)."""
     clean_captions: bool = True
     """Undo HTML escapes and mojibake and collapse white space, as the official model does."""
-    reader: Literal["auto", "pyav", "decord"] = "auto"
-    """Video decoder; auto takes decord when it is installed, else PyAV."""
+    frame_choice: Literal["random", "head", "center", "uniform", "chunk"] = "random"
+    """Frames of a clip that is longer than needed: a random or central window, its head, frames spread over all of it,
+    or every whole window as a sample of its own."""
+    size_buckets: tuple[tuple[int, int], ...] = ()
+    """Several target sizes (height, width); each clip takes the nearest side ratio. Empty: max_height x max_width."""
+    frame_buckets: tuple[int, ...] = ()
+    """Several lengths, each 4k+1; each clip takes the longest it fills. Empty: num_frames."""
+    reader: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    """Video decoder; auto takes PyAV, or decord where only that is installed."""
     shuffle: bool = True
     """New order every epoch, from the seed; false keeps the file order."""
     drop_last: bool = True
     """Drop the tail of an epoch that does not fill a global batch; false lets the batch run into the next epoch."""
+    balance_tokens: bool = False
+    """Put more clips of small or short buckets into a batch, so that every step has about the same number of tokens."""
     pin_memory: bool = True
     """Copy batches to page-locked memory where the device gains from it."""
-    max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of clips that may be unreadable before the run stops; 0 stops at the first."""
 
     @property

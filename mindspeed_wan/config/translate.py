@@ -145,6 +145,7 @@ def data_section(file: DataFile, document: Document, report: Report) -> dict[str
         **_pipeline(frames, document, root, report),
         "shuffle": loader.shuffle,
         "drop_last": loader.drop_last,
+        "balance_tokens": loader.balance_tokens,
         "pin_memory": loader.pin_memory,
     }
 
@@ -163,6 +164,9 @@ _SAME_NAME = (
     "train_fps",
     "speed_factor",
     "drop_short_ratio",
+    "frame_choice",
+    "size_buckets",
+    "frame_buckets",
     "max_bad_fraction",
 )
 """Keys of preprocess_parameters that mean the same under the same name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from mindspeed_wan.config.schema import DataSection, RunConfig
 from mindspeed_wan.data import manifest
 from mindspeed_wan.data.bad_samples import BadSample, BadSampleLog
+from mindspeed_wan.data.buckets import batch_multiples
 from mindspeed_wan.data.dataset import ClipDataset, KeyedDataset, prepare
 from mindspeed_wan.data.feature_cache import EncoderChoice
 from mindspeed_wan.data.features import FeatureDataset
@@ -36,6 +37,9 @@ def clip_settings(section: DataSection) -> ClipSettings:
         max_aspect=section.hw_aspect_thr,
         crop=section.crop,
         interpolation=section.interpolation,
+        frame_choice=section.frame_choice,
+        size_buckets=section.size_buckets,
+        frame_buckets=section.frame_buckets,
         reader=section.reader,
         caption_dropout=section.caption_dropout,
     )
@@ -57,12 +61,15 @@ class OpenedData:
             counts[shape] = counts.get(shape, 0) + 1
         shapes = ", ".join(f"{n} of {f}x{h}x{w}" for (f, h, w), n in sorted(counts.items(), key=lambda c: -c[1])[:8])
         lines = [f"data: {len(self.dataset)} clips ({shapes}{', ...' if len(counts) > 8 else ''})"]
+        if max(self.sampler.multiples) > 1:
+            sizes = zip(self.sampler.bucket_shapes, self.sampler.multiples)
+            lines.append("data: clips per batch slot " + ", ".join(f"{_text(shape)}: {n}" for shape, n in sizes))
         for what, group in (("left out by the settings", self.excluded), ("cannot be read", self.unreadable)):
             if group:
                 record, reason = group[0]
                 lines.append(f"data: {len(group)} clips {what}, e.g. {record.where}: {reason}")
         for left_shape, dropped in self.sampler.dropped_per_epoch(global_batch_size).items():
-            lines.append(f"data: drop_last leaves out {dropped} clips of shape {left_shape} in each epoch")
+            lines.append(f"data: drop_last leaves out {dropped} clips of {_text(left_shape)} in each epoch")
         return lines
 
     def bad_sample_log(self, path: Path | None, max_fraction: float, *, write: bool = True) -> BadSampleLog:
@@ -77,6 +84,10 @@ class OpenedData:
         log.add(BadSample(len(self.dataset) + number, str(record.path), record.where, reason)
                 for number, (record, reason) in enumerate(self.unreadable))
         return log
+
+
+def _text(shape: object) -> str:
+    return "x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
 
 
 def open_data(config: RunConfig) -> OpenedData:
@@ -163,5 +174,6 @@ def encoder_choice(config: RunConfig, *, must_exist: bool = True) -> EncoderChoi
 
 def _order(dataset: KeyedDataset, section: DataSection, seed: int) -> GlobalBatchSampler:
     return GlobalBatchSampler(
-        len(dataset), seed, section.shuffle, shapes=dataset.shapes, drop_last=section.drop_last
+        len(dataset), seed, section.shuffle, shapes=dataset.shapes, drop_last=section.drop_last,
+        multiples=batch_multiples(dataset.shapes) if section.balance_tokens else None,
     )

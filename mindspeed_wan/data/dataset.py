@@ -78,18 +78,20 @@ def prepare(records: Sequence[ClipRecord], settings: ClipSettings, *, seed: int 
             if isinstance(known, str):
                 result.unreadable.append((record, known))
                 continue
-            try:
-                shape = plan.sample_shape(settings, known)
-            except DataError as error:
-                result.excluded.append((record, error.message))
-                continue
-            if shape[0] < settings.num_frames and record.kind == "video" and drop_short_ratio > 0:
-                draw = randomness.uniform(1, seed=seed, sample_index=number, stream="data/drop_short").item()
-                if draw < drop_short_ratio:
-                    result.excluded.append((record, f"{record.path.name} is short (drop_short_ratio)"))
+            for piece in plan.chunks(settings, known):
+                try:
+                    shape = plan.sample_shape(settings, piece)
+                except DataError as error:
+                    result.excluded.append((record, error.message))
                     continue
-            result.records.append(known)
-            result.shapes.append(shape)
+                is_short = shape[0] < min(settings.frame_buckets, default=settings.num_frames)
+                if is_short and piece.kind == "video" and drop_short_ratio > 0:
+                    draw = randomness.uniform(1, seed=seed, sample_index=number, stream="data/drop_short").item()
+                    if draw < drop_short_ratio:
+                        result.excluded.append((record, f"{record.path.name} is short (drop_short_ratio)"))
+                        continue
+                result.records.append(piece)
+                result.shapes.append(shape)
     if not result.records:
         raise _nothing_left(result)
     return result

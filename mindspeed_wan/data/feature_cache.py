@@ -116,7 +116,8 @@ class Identity:
 
 def settings_fields(settings: ClipSettings) -> dict[str, Any]:
     """Return the clip settings that decide what is encoded."""
-    return {name: value for name, value in asdict(settings).items() if name not in _READER_FIELDS}
+    fields = {name: value for name, value in asdict(settings).items() if name not in _READER_FIELDS}
+    return json.loads(json.dumps(fields))  # as cache.json gives them back: tuples are lists there
 
 
 def make_identity(task: str, settings: ClipSettings, seed: int, variants: int, encoders: EncoderChoice,

@@ -65,8 +65,10 @@ def micro_batch_keys(sampler: GlobalBatchSampler, schedule: Schedule) -> Iterato
     while True:
         batch = sampler.indices(consumed, schedule.global_batch_size)
         mine = rank_slice(batch, schedule.rank, schedule.ranks)
-        for start in range(0, len(mine), schedule.micro_batch_size):
-            yield mine[start : start + schedule.micro_batch_size]
+        # A batch of small clips may be a multiple of the usual size; the number of passes stays the same.
+        size = schedule.micro_batch_size * (len(batch) // schedule.global_batch_size)
+        for start in range(0, len(mine), size):
+            yield mine[start : start + size]
         consumed += schedule.global_batch_size
 
 

@@ -7,15 +7,15 @@ same tensors; where its choice is random, ours is drawn from the sample's own ge
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from mindspeed_wan.data import buckets
+from mindspeed_wan.data.buckets import Shape
 from mindspeed_wan.data.records import ClipRecord
 from mindspeed_wan.errors import DataError
 
-FrameChoice = Literal["random", "head", "center", "uniform"]
-Shape = tuple[int, int, int]
-"""(frames, height, width) of a training sample."""
+FrameChoice = Literal["random", "head", "center", "uniform", "chunk"]
 
 MODEL_STRIDE = 16
 """Sides of a sample are multiples of this: 8 of the VAE times 2 of the DiT's patch."""
@@ -25,8 +25,10 @@ MODEL_STRIDE = 16
 class ClipSettings:
     """How clips become samples; the fields of the configuration's ``data`` section that decide it.
 
-    ``frame_choice``: which frames of a clip that is longer than needed: a random or central window, its head, or
-    frames spread evenly over the whole clip.
+    ``frame_choice``: which frames of a clip that is longer than needed: a random or central window, its head, frames
+    spread evenly over the whole clip, or ``chunk``: the clip becomes as many samples as it has whole windows.
+    ``size_buckets`` ((height, width), ...) replaces the one target size, ``frame_buckets`` the one length: each clip
+    takes the bucket that suits it best.
     """
 
     num_frames: int = 49
@@ -46,22 +48,31 @@ class ClipSettings:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = False
     frame_choice: FrameChoice = "random"
+    size_buckets: tuple[tuple[int, int], ...] = ()
+    frame_buckets: tuple[int, ...] = ()
     reader: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     caption_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_frames % 4 != 1:
-            low = max(1, (self.num_frames - 1) // 4 * 4 + 1)
-            raise DataError(f"num_frames is {self.num_frames}; Wan's VAE encodes 4k+1 frames",
-                            fix=f"use {low} or {low + 4}")
+        for name, frames in [("num_frames", self.num_frames), *(("frame_buckets", f) for f in self.frame_buckets)]:
+            if frames < 1 or frames % 4 != 1:
+                low = max(1, (frames - 1) // 4 * 4 + 1)
+                raise DataError(f"{name} is {frames}; Wan's VAE encodes 4k+1 frames", fix=f"use {low} or {low + 4}")
         if self.hw_stride % MODEL_STRIDE:
             raise DataError(f"hw_stride is {self.hw_stride}; sizes must be multiples of {MODEL_STRIDE}")
-        for name in ("max_height", "max_width"):
-            value = getattr(self, name)
-            if self.force_resolution and value % MODEL_STRIDE:
-                low = value // MODEL_STRIDE * MODEL_STRIDE
-                raise DataError(f"{name} is {value}; sizes must be multiples of {MODEL_STRIDE}",
+        sides = [("size_buckets", side) for size in self.size_buckets for side in size]
+        if self.force_resolution and not self.size_buckets:
+            sides = [("max_height", self.max_height), ("max_width", self.max_width)]
+        for name, side in sides:
+            if side < MODEL_STRIDE or side % MODEL_STRIDE:
+                low = max(1, side // MODEL_STRIDE) * MODEL_STRIDE
+                raise DataError(f"{name} is {side}; sizes must be multiples of {MODEL_STRIDE}",
                                 fix=f"use {low} or {low + MODEL_STRIDE}")
+
+    @property
+    def longest(self) -> int:
+        """Most frames of a sample."""
+        return max(self.frame_buckets, default=self.num_frames)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ def frame_window(settings: ClipSettings, num_frames: int, fps: float, cut: tuple
     count = math.ceil((end - start) / interval)
     indices = [start + int(i * interval) for i in range(count) if start + int(i * interval) < end]
     indices = _sped_up(indices, settings)
+    if settings.frame_buckets and indices:
+        return FrameWindow(tuple(indices), buckets.frame_bucket(len(indices), settings.frame_buckets))
     take = min(len(indices), settings.num_frames)
     take = (take - 1) // 4 * 4 + 1 if take else 0
     if take < max(1, settings.min_num_frames):
@@ -108,7 +121,7 @@ def frame_window(settings: ClipSettings, num_frames: int, fps: float, cut: tuple
 
 def _sped_up(indices: list[int], settings: ClipSettings) -> list[int]:
     """Thin the frames out by ``speed_factor``, never below the number that is wanted."""
-    surplus = len(indices) / settings.num_frames
+    surplus = len(indices) / settings.longest
     if settings.speed_factor <= 1 or surplus <= 1:
         return indices
     count = int(len(indices) / min(settings.speed_factor, surplus))
@@ -128,28 +141,47 @@ def choose_frames(window: FrameWindow, choice: FrameChoice, draw: float) -> list
     return list(window.indices[start : start + window.take])
 
 
+def chunks(settings: ClipSettings, record: ClipRecord) -> list[ClipRecord]:
+    """Return the records that a clip becomes: itself, or with ``frame_choice`` chunk one for each whole window.
+
+    A window is a ``cut`` of the source; the frames after the last whole one are not used.
+    """
+    if settings.frame_choice != "chunk" or record.kind == "image" or record.num_frames is None:
+        return [record]
+    try:
+        window = frame_window(settings, record.num_frames, record.fps or 0.0, record.cut)
+    except DataError:
+        return [record]  # the caller words the reason when it asks for the shape
+    starts = range(0, len(window.indices) - window.take + 1, window.take)
+    return [replace(record, cut=(window.indices[at], window.indices[at + window.take - 1] + 1)) for at in starts]
+
+
 def size_plan(settings: ClipSettings, height: int, width: int) -> SizePlan:
     """Return how a picture of this size is brought to the training size.
 
     Raises:
         DataError: its side ratio or size is outside what the settings accept.
     """
-    return _exact_size(settings, height, width) if settings.force_resolution else _free_size(settings, height, width)
+    if settings.size_buckets:
+        return _exact_size(settings, height, width, buckets.size_bucket(height, width, settings.size_buckets))
+    if settings.force_resolution:
+        return _exact_size(settings, height, width, (settings.max_height, settings.max_width))
+    return _free_size(settings, height, width)
 
 
-def _exact_size(settings: ClipSettings, height: int, width: int) -> SizePlan:
+def _exact_size(settings: ClipSettings, height: int, width: int, target: tuple[int, int]) -> SizePlan:
     """Short side to the target, then the target cut out.
 
     In whole numbers. MindSpeed-MM cuts at the target's ratio in floating point and resizes once more; where its
     ``int(832 * (480 / 832))`` is 479 that second resize blurs, everywhere else it changes nothing.
     """
-    target_height, target_width = settings.max_height, settings.max_width
+    target_height, target_width = target
     _check_aspect(height * target_width / (width * target_height), height, width, settings)
     if height * target_width < width * target_height:
         resized = (target_height, target_height * width // height)
     else:
         resized = (target_width * height // width, target_width)
-    return SizePlan(resized, (target_height, target_width))
+    return SizePlan(resized, target)
 
 
 def _free_size(settings: ClipSettings, height: int, width: int) -> SizePlan:

@@ -8,8 +8,9 @@ nothing is dropped; buckets take turns in proportion to their size, in an order 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ class GlobalBatchSampler:
         shapes: one hashable per sample; samples of equal shape form a bucket. ``None``: all are equal.
         drop_last: leave out the tail of a bucket's epoch that does not fill a global batch (another tail each epoch),
             instead of letting the batch run on into the next epoch. Buckets smaller than a batch always run on.
+        multiples: by shape, how many samples take the place of one (``buckets.batch_multiples``): a global batch of
+            that shape is so many times larger, and still counts as one batch in ``consumed``.
 
     Raises:
         DataError: no samples.
@@ -43,6 +46,7 @@ class GlobalBatchSampler:
         *,
         shapes: Sequence[Hashable] | None = None,
         drop_last: bool = False,
+        multiples: Mapping[Any, int] | None = None,
     ) -> None:
         if num_samples < 1:
             raise DataError("no samples to draw from")
@@ -54,6 +58,7 @@ class GlobalBatchSampler:
             groups.setdefault(shapes[index] if shapes is not None else None, []).append(index)
         self.buckets = [torch.tensor(members) for members in groups.values()]
         self.bucket_shapes = list(groups)
+        self.multiples = [(multiples or {}).get(shape, 1) for shape in groups]
         # Permutations are a few megabytes for a million samples; only the current and next epoch are ever needed.
         self._permutation = lru_cache(maxsize=2 * len(self.buckets) + 2)(self._draw_permutation)
         self._turns = lru_cache(maxsize=2)(self._draw_turns)
@@ -67,7 +72,7 @@ class GlobalBatchSampler:
         Raises:
             DataError: ``consumed`` is not a multiple of the batch size where it has to be.
         """
-        if len(self.buckets) == 1 and not self._drops(0, global_batch_size):
+        if len(self.buckets) == 1 and not self._drops(0, global_batch_size) and self.multiples == [1]:
             return self._stream(0, consumed, global_batch_size)
         step, rest = divmod(consumed, global_batch_size)
         if rest:
@@ -77,23 +82,24 @@ class GlobalBatchSampler:
                 fix="resume with the old global batch size, or start a new run from the weights",
             )
         bucket, turn = self._bucket_at(step, global_batch_size)
+        size = global_batch_size * self.multiples[bucket]
         if not self._drops(bucket, global_batch_size):
-            return self._stream(bucket, turn * global_batch_size, global_batch_size)
-        per_epoch = len(self.buckets[bucket]) // global_batch_size
-        epoch, number = divmod(turn, per_epoch)
-        chosen = self._permutation(bucket, epoch)[number * global_batch_size : (number + 1) * global_batch_size]
+            return self._stream(bucket, turn * size, size)
+        epoch, number = divmod(turn, len(self.buckets[bucket]) // size)
+        chosen = self._permutation(bucket, epoch)[number * size : (number + 1) * size]
         return [(epoch, index) for index in chosen]
 
     def dropped_per_epoch(self, global_batch_size: int) -> dict[Hashable, int]:
         """Return how many samples of each shape an epoch leaves out (only with ``drop_last``)."""
-        return {
-            shape: len(self.buckets[number]) % global_batch_size
+        left = {
+            shape: len(self.buckets[number]) % (global_batch_size * self.multiples[number])
             for number, shape in enumerate(self.bucket_shapes)
-            if self._drops(number, global_batch_size) and len(self.buckets[number]) % global_batch_size
+            if self._drops(number, global_batch_size)
         }
+        return {shape: count for shape, count in left.items() if count}
 
     def _drops(self, bucket: int, batch: int) -> bool:
-        return self.drop_last and len(self.buckets[bucket]) >= batch
+        return self.drop_last and len(self.buckets[bucket]) >= batch * self.multiples[bucket]
 
     # ---- inside a bucket ---------------------------------------------------------------------------------------------
 
@@ -118,10 +124,12 @@ class GlobalBatchSampler:
 
     def _batches_before(self, epoch: int, batch: int) -> list[int]:
         """Return for each bucket how many batches it gives before ``epoch``: enough to have shown its epochs."""
-        return [
-            epoch * (len(members) // batch) if self._drops(number, batch) else -(-epoch * len(members) // batch)
-            for number, members in enumerate(self.buckets)
-        ]
+        counts = []
+        for number, members in enumerate(self.buckets):
+            size = batch * self.multiples[number]
+            whole = epoch * (len(members) // size)
+            counts.append(whole if self._drops(number, batch) else -(-epoch * len(members) // size))
+        return counts
 
     def _bucket_at(self, step: int, batch: int) -> tuple[int, int]:
         """Return (bucket, its running batch number) of global batch ``step``."""

@@ -60,10 +60,12 @@ class TrainStep:
         """
         totals = torch.zeros(2, device=self.device)
         for _ in range(self.accumulation):
+            # All micro-batches of a step have one size on every rank (it differs from step to step when tokens are
+            # balanced over shapes), so the mean of their means is the mean over the global batch.
             losses, sigma = self.losses(next(features))
-            (losses.sum() / self.samples_per_rank).backward()
-            totals += torch.stack((losses.detach().sum(), sigma.sum()))
-        agreed = torch.cat((totals / self.samples_per_rank, torch.tensor([float(stop)], device=self.device)))
+            (losses.mean() / self.accumulation).backward()
+            totals += torch.stack((losses.detach().mean(), sigma.mean()))
+        agreed = torch.cat((totals / self.accumulation, torch.tensor([float(stop)], device=self.device)))
         # Tensor and context ranks repeat their data rank's numbers, so the mean over the job is the batch mean.
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(agreed)

@@ -1,0 +1,58 @@
+"""Images and clips of several sizes in one run, tokens balanced: every layout and a resumed run agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.helpers.odd_media import numbered_frames, write_stream
+from tests.helpers.spawn import run_ranks
+from tests.helpers.world import World, losses, make_world, metrics, train_rank, write_json
+
+ITERATIONS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = []
+    for number in range(6):
+        size = (32, 48) if number < 4 else (48, 64)
+        Image.fromarray(numbered_frames(number + 1, *size)[number]).save(folder / f"{number}.png")
+        write_stream(folder / f"{number}.mp4", numbered_frames(9 if number < 4 else 5, 32, 48))
+        rows += [{"path": f"{number}.{kind}", "cap": f"{kind} {number}"} for kind in ("png", "mp4")]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data.txt").write_text(f"{folder},d.jsonl\n")
+    world = make_world(folder / "files")
+    data = json.loads((world.files / "data.json").read_text())
+    data["dataset_param"]["basic_parameters"] = {"data_path": str(folder / "data.txt")}
+    data["dataset_param"]["preprocess_parameters"] = {
+        "num_frames": 9, "max_height": 32, "max_width": 48, "size_buckets": [[32, 48], [48, 64]],
+        "frame_buckets": [1, 5, 9],
+    }
+    data["dataloader_param"] = {"balance_tokens": True, "drop_last": False}
+    write_json(world.files / "data.json", data)
+    return world
+
+
+def test_balanced_buckets_in_every_layout(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def train(name: str, ranks: int, *flags: str, iters: int = ITERATIONS) -> list[float]:
+        argv = world.flags(tmp_path / name, *flags, iters=iters)
+        run_ranks(train_rank, ranks, argv, init=ranks > 1)
+        return losses(tmp_path / name)
+
+    reference = train("one", 1)
+    printed = capfd.readouterr().out
+    assert "clips per batch slot" in printed and "1x32x48: 3" in printed
+    assert all(map(lambda row: row["loss"] > 0, metrics(tmp_path / "one")))
+    assert train("two", 2, "--use-torch-fsdp2") == pytest.approx(reference, rel=1e-5)
+    assert train("pairs", 1, "--micro-batch-size", "2") == pytest.approx(reference, rel=1e-5)
+    train("resumed", 1, iters=2)
+    argv = world.flags(tmp_path / "resumed", iters=ITERATIONS)
+    argv[argv.index("--load") + 1] = str(tmp_path / "resumed")
+    run_ranks(train_rank, 1, argv, init=False)
+    assert [row["consumed_samples"] for row in metrics(tmp_path / "resumed")] == [4 * n for n in range(1, 7)]
+    assert losses(tmp_path / "resumed") == pytest.approx(reference, rel=1e-6)
