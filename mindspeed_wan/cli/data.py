@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--caption", metavar="TEXT", help="caption of clips that have no .txt file")
     init.add_argument("--num-frames", type=int, default=81, metavar="N", help="frames of a training sample, 4k+1")
     init.add_argument("--size", default="480x832", metavar="HxW", help="size of a training sample")
+    init.add_argument("--buckets", action="store_true", help="five side ratios of that many pixels instead of one size")
     init.add_argument("--overwrite", action="store_true", help="replace files of an earlier init")
     check = actions.add_parser("check", help="list every problem with file:line; exit code 7 when there is one")
     _add_source(check)
@@ -76,7 +77,7 @@ def _init(args: argparse.Namespace) -> int:
     rows = [_row(clip.completed, args.folder.resolve()) for clip in clips]
     _write(targets["data.jsonl"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _write(targets["data.txt"], f"{args.folder.resolve()},{targets['data.jsonl']}\n")
-    settings = _data_json(targets["data.txt"], args.num_frames, height, width)
+    settings = _data_json(targets["data.txt"], args.num_frames, height, width, buckets=args.buckets)
     _write(targets["data.json"], json.dumps(settings, indent=2) + "\n")
     print(f"{len(clips)} clips -> {targets['data.jsonl']}")
     for reason in skipped:
@@ -122,7 +123,10 @@ def _row(record: ClipRecord, root: Path) -> dict[str, Any]:
     return {**{key: value for key, value in row.items() if value is not None}, **record.extra}
 
 
-def _data_json(data_txt: Path, num_frames: int, height: int, width: int) -> dict[str, Any]:
+def _data_json(data_txt: Path, num_frames: int, height: int, width: int, *, buckets: bool = False) -> dict[str, Any]:
+    from mindspeed_wan.data.buckets import standard_sizes
+
+    sizes = {"size_buckets": [list(size) for size in standard_sizes(height * width)]} if buckets else {}
     return {
         "dataset_param": {
             "dataset_type": "t2v",
@@ -130,6 +134,7 @@ def _data_json(data_txt: Path, num_frames: int, height: int, width: int) -> dict
             "preprocess_parameters": {
                 "num_frames": num_frames, "max_height": height, "max_width": width, "max_hxw": height * width,
                 "force_resolution": True, "hw_stride": 16, "hw_aspect_thr": 5.0, "frame_interval": 1, "cfg": 0.0,
+                **sizes,
             },
         },
         "dataloader_param": {"sampler_type": "LengthGroupedSampler", "group_data": True, "drop_last": False},

@@ -261,8 +261,10 @@ class PreprocessFile(Section):
 
     video_processor_type: Literal["OpensoraplanVideoProcessor"] = "OpensoraplanVideoProcessor"
     """The processor; there is one."""
-    video_reader_type: Literal["auto", "DecordVideo", "decoder", "PyAVVideo", "TorchvisionVideo"] = "auto"
-    """Decoder: DecordVideo uses decord when installed; the others mean PyAV."""
+    video_reader_type: Literal[
+        "auto", "pyav", "decord", "torchcodec", "DecordVideo", "decoder", "PyAVVideo", "TorchvisionVideo"
+    ] = "auto"
+    """Decoder: pyav, decord or torchcodec by name; MindSpeed-MM's names mean PyAV, whose frames are the same."""
     image_reader_type: Literal["Image", "torchvision"] = "Image"
     """No effect: images are read by Pillow."""
     num_frames: int = Field(default=49, ge=1)

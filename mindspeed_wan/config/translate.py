@@ -141,7 +141,7 @@ def data_section(file: DataFile, document: Document, report: Report) -> dict[str
         "hw_stride": _stride(frames, document, (*root, "hw_stride"), report),
         "caption_dropout": frames.cfg,
         "clean_captions": dataset.enable_text_preprocessing and dataset.text_preprocess_methods != [],
-        "reader": {"auto": "auto", "DecordVideo": "auto"}.get(frames.video_reader_type, "pyav"),
+        "reader": _READERS.get(frames.video_reader_type, "auto"),
         **_pipeline(frames, document, root, report),
         "shuffle": loader.shuffle,
         "drop_last": loader.drop_last,
@@ -149,6 +149,9 @@ def data_section(file: DataFile, document: Document, report: Report) -> dict[str
         "pin_memory": loader.pin_memory,
     }
 
+
+_READERS = {name: name for name in ("pyav", "decord", "torchcodec")}
+"""Readers that a file may ask for; MindSpeed-MM's own names leave the choice to this package."""
 
 _SAME_NAME = (
     "num_frames",

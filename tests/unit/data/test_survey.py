@@ -57,6 +57,14 @@ def test_init_makes_a_data_set_that_loads(folder, capsys):
     assert (section.num_frames, section.max_height, section.max_width) == (9, 64, 96)
 
 
+def test_init_with_buckets(folder):
+    command("init", folder, "--num-frames", 9, "--size", "64x96", "--buckets")
+    from mindspeed_wan.config.load import load_files
+
+    sizes = load_files(data=folder / "data.json").data.size_buckets
+    assert len(sizes) == 5 and all(h * w <= 64 * 96 for h, w in sizes)
+
+
 def test_init_does_not_overwrite_and_gives_captions(folder, tmp_path):
     command("init", folder, "--out", tmp_path / "out", "--caption", "a clip")
     assert len(manifest.load(tmp_path / "out" / "data.txt")) == 5
