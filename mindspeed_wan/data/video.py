@@ -10,6 +10,8 @@ is used when asked for.
 from __future__ import annotations
 
 import importlib.util
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +123,7 @@ def probe(path: Path) -> VideoInfo:
     container, stream = _open(path, 1)
     with container:
         first = _first_frame(container, stream, path)
-        rotation = _rotation(first, stream)
+        rotation = _rotation(first)
         times = _presentation_times(container, stream, path)
         height, width = (first.width, first.height) if rotation in (90, 270) else (first.height, first.width)
         fps = float(stream.average_rate or stream.guessed_rate or 0)
@@ -166,10 +168,16 @@ def _evenly_spaced(stamps: Sequence[float] | np.ndarray, *, clock: float = 1.0) 
     return bool(deviation.max() <= max(clock, _EVEN_SPACING * step))
 
 
-def _rotation(frame: Any, stream: Any) -> int:
-    """Return by how many degrees counter-clockwise the picture must be turned: 0, 90, 180 or 270."""
-    angle = getattr(frame, "rotation", 0) or 0
-    return round(angle / 90) * 90 % 360
+def _rotation(frame: Any) -> int:
+    """Return by how many degrees counter-clockwise the picture must be turned: 0, 90, 180 or 270.
+
+    Read from the display matrix itself, because ``frame.rotation`` is missing in PyAV before 15.
+    """
+    for entry in frame.side_data:
+        if "DISPLAYMATRIX" in str(entry.type):
+            across, down = struct.unpack("<2i", bytes(entry)[:8])
+            return round(-math.degrees(math.atan2(down, across)) / 90) * 90 % 360
+    return 0
 
 
 def _upright(array: np.ndarray, rotation: int) -> np.ndarray:
@@ -188,7 +196,7 @@ def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
             for frame in container.decode(stream):
                 if position == wanted[filled]:
                     if filled == 0:
-                        rotation = _rotation(frame, stream)
+                        rotation = _rotation(frame)
                         planes = np.empty((3, len(wanted), frame.height, frame.width), np.uint8)
                     elif (frame.height, frame.width) != planes.shape[2:]:
                         raise DataError("the picture size changes within the file", where=str(path))
