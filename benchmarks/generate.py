@@ -96,7 +96,8 @@ def measure(
         "video": {"height": size[0], "width": size[1], "frames": frames, "steps": steps},
         "dtype": arguments.dtype, "memory": generator.plan.mode if generator.plan else None,
         "cfg_step_tflop": flops / 1e12, "gemm_tflops": limit / 1e12,
-        "ours": {**_best(ours, clock, flops / limit), "stage_seconds": stages, "peak_memory_gib": ours[-1]["peak"] / 2**30},
+        "ours": {**_best(ours, clock, flops / limit), "stage_seconds": stages,
+                 "peak_memory_gib": ours[-1]["peak"] / 2**30},
     }
     if theirs:
         latents = theirs[-1]["latents"].float().cpu()
