@@ -246,10 +246,15 @@ def staging_path(final: str | os.PathLike[str]) -> Path:
 
 
 def remove_stale_staging(root: str | os.PathLike[str]) -> list[Path]:
-    """Remove the staging folders that interrupted runs left directly below ``root``; return their paths."""
+    """Remove the staging folders and unfinished trackers that killed runs left below ``root``; return their paths."""
     stale = [p for p in Path(root).glob(".*.tmp") if p.is_dir() and not p.is_symlink()]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
+    # A kill between writing a tracker and renaming it leaves the temporary file of a process that is gone.
+    for path in Path(root).glob(f".{TRACKER_NAME}.*.tmp"):
+        if path.is_file() and path.name.split(".")[-2] != str(os.getpid()):
+            path.unlink(missing_ok=True)
+            stale.append(path)
     return stale
 
 

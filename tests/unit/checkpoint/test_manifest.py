@@ -190,3 +190,12 @@ def test_the_tracker_names_a_folder_that_exists(tmp_path: Path) -> None:
     assert manifest.checkpoint_folder(tmp_path) == tmp_path / "iter_0000012"
     with pytest.raises(CheckpointError):
         write_tracker(tmp_path, "newest")
+
+
+def test_a_tracker_that_a_killed_process_left_unfinished_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / f".{manifest.TRACKER_NAME}.{os.getpid() + 1}.tmp"
+    own = tmp_path / f".{manifest.TRACKER_NAME}.{os.getpid()}.tmp"
+    for path in (left, own):
+        path.write_text("7\n")
+    assert manifest.remove_stale_staging(tmp_path) == [left]
+    assert own.exists() and not left.exists()  # our own may be on its way in another thread
