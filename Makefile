@@ -39,7 +39,7 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps megatron-core==0.12.1
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps -e .
 	$(VENV)-oldest/bin/python -m pip install --quiet packaging pydantic pyyaml safetensors tqdm av pillow ftfy \
-	    "transformers<5" "diffusers==0.35.1" peft sentencepiece protobuf tensorboard matplotlib psutil accelerate \
+	    transformers "diffusers>=0.42" peft sentencepiece protobuf tensorboard matplotlib psutil accelerate \
 	    pytest pytest-timeout hypothesis scikit-image build
 	$(VENV)-oldest/bin/python -m pytest -q -m "core and not slow and not cuda and not npu"
 

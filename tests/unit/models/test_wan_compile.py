@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from packaging.version import Version
 
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.parallelize import parallelize
@@ -37,6 +38,7 @@ def _model(seed: int, **options: object) -> WanDiT:
     return parallelize(model, groups=ParallelGroups(), platform=get_platform("cpu"), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.8"), reason="torch 2.7 traces a second graph")
 def test_blocks_and_experts_share_one_graph(graphs: list[object]) -> None:
     batch = random_batch(TINY)
     with torch.no_grad():
