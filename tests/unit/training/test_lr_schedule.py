@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.training.lr_schedule import Schedule
@@ -28,6 +30,8 @@ def megatron_scheduler(schedule: Schedule) -> tuple[SimpleNamespace, object]:
 @pytest.mark.parametrize("style,warmup,increase", itertools.product(STYLES, [0, 3], ["linear", "cosine"]))
 def test_matches_megatron(style: str, warmup: int, increase: str) -> None:
     anneals = ["linear", "cosine", "exponential", "minus_sqrt"] if style == "WSD" else ["linear"]
+    if Version(metadata.version("megatron-core")) < Version("0.13") and style == "WSD":
+        anneals.remove("minus_sqrt")  # accepted by that version's constructor, unknown to its step
     for anneal in anneals:
         schedule = Schedule(max_lr=1e-4, min_lr=1e-6, init_lr=1e-7, warmup_samples=warmup * GBS,
                             decay_samples=20 * GBS, decay_style=style, wsd_samples=6 * GBS, wsd_style=anneal,
