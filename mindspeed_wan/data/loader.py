@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,8 +122,21 @@ def build_loader(
         multiprocessing_context=start_method if num_workers else None,
         worker_init_fn=_quiet_worker,
     )
-    # Workers start here, not at the first batch: they decode while the model is still being loaded.
-    return _checked(iter(loader), collate, log, pin_memory)
+    return _checked(_started(loader), collate, log, pin_memory)
+
+
+def _started(loader: Any) -> Iterator[list[Any]]:
+    """Start the workers now, not at the first batch: they decode while the model is still being loaded.
+
+    What a forked worker inherits must never be collected there: a decoder or a process group that waits for its threads
+    when it is freed waits for ever in a process that does not have them. Frozen objects are invisible to the collector.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _as_list(samples: Sequence[Any]) -> list[Any]:

@@ -190,7 +190,7 @@ def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
     container, stream = _open(path, threads)
     with container:
         position = _seek_near(container, stream, path, wanted[0]) if wanted[0] >= _SEEK_FROM else 0
-        filled, rotation = 0, 0
+        filled, rotation, convert = 0, 0, _PlanarConverter(threads)
         planes = np.empty(0, np.uint8)  # [3, F, H, W], allocated when the first frame tells its size
         try:
             for frame in container.decode(stream):
@@ -200,7 +200,7 @@ def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
                         planes = np.empty((3, len(wanted), frame.height, frame.width), np.uint8)
                     elif (frame.height, frame.width) != planes.shape[2:]:
                         raise DataError("the picture size changes within the file", where=str(path))
-                    filled = _store(frame, planes, filled, wanted)
+                    filled = _store(convert(frame), planes, filled, wanted)
                     if filled == len(wanted):
                         break
                 position += 1
@@ -216,14 +216,32 @@ def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
     return _upright(planes.transpose(1, 2, 3, 0), rotation)
 
 
-def _store(frame: Any, planes: np.ndarray, filled: int, wanted: Sequence[int]) -> int:
-    """Convert a frame into ``planes`` [3, F, H, W] wherever it is wanted; returns how many frames are filled now.
+class _PlanarConverter:
+    """Converts frames to 8-bit planes: green, blue, red.
 
     Planar from the start: the values are those of rgb24 (10-bit files come out a little more exact), and nothing has to
-    be transposed afterwards, which costs half as much as decoding.
+    be transposed afterwards, which costs half as much as decoding. ``frame.reformat`` would start a set of threads for
+    every frame; they cost more than they give, and a process forked meanwhile hangs when it frees them.
     """
+
+    def __init__(self, threads: int) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter, self._options = VideoReformatter(), {"threads": threads}
+
+    def __call__(self, frame: Any) -> Any:
+        try:
+            return self._reformatter.reformat(frame, format="gbrp", **self._options)
+        except TypeError:
+            if not self._options:
+                raise
+            self._options = {}  # PyAV before 17 has no threads here
+            return self._reformatter.reformat(frame, format="gbrp")
+
+
+def _store(picture: Any, planes: np.ndarray, filled: int, wanted: Sequence[int]) -> int:
+    """Copy a planar frame into ``planes`` [3, F, H, W] wherever it is wanted; returns how many frames are filled."""
     height, width = planes.shape[2:]
-    picture = frame.reformat(format="gbrp")
     for channel, plane in zip((1, 2, 0), picture.planes):  # green, blue, red
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
         planes[channel, filled] = rows[:height, :width]

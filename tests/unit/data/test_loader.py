@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from itertools import islice
@@ -226,6 +227,34 @@ def test_drop_short_ratio(tmp_path):
     assert len(prepare(records, long_settings).records) == 8
     with pytest.raises(DataError, match="drop_short_ratio"):
         prepare(records, long_settings, drop_short_ratio=1.0)
+
+
+class Collecting(ClipDataset):
+    """A data set whose workers collect garbage all the time."""
+
+    def __getitem__(self, key):
+        gc.collect()
+        return super().__getitem__(key)
+
+
+@pytest.mark.timeout(60)
+def test_workers_do_not_free_what_they_inherit():
+    """Frames converted by FFmpeg's own threads, in a cycle: freed in a forked worker they would wait for ever."""
+    import av
+
+    gc.disable()
+    try:
+        with av.open(str(next((tiny_clips() / "videos").iterdir()))) as container:
+            frames = list(container.decode(video=0))
+        cycle = [frame.reformat(format="gbrp") for frame in frames] + frames
+        cycle.append(cycle)
+        del cycle, frames
+        prepared = prepare(manifest.load(tiny_clips() / "data.txt"), SETTINGS)
+        dataset = Collecting(prepared, SETTINGS)
+        loader = build_loader(dataset, _sampler(dataset), Schedule(global_batch_size=2), num_workers=2)
+        assert len(list(islice(loader, 6))) == 6
+    finally:
+        gc.enable()
 
 
 def _die(dataset, key):
