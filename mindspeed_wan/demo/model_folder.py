@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +42,7 @@ class TinySizes:
     vae_base_dim: int = 8
     vae_res_blocks: int = 1
     image_dim: int = 32
+    text_len: int = 512
     vocab_size: int = 384
 
     def wan_config(self, task: FolderTask) -> WanConfig:
@@ -53,6 +54,7 @@ class TinySizes:
             num_heads=self.num_heads,
             in_channels=36 if task.endswith("i2v") else 16,
             text_dim=self.text_dim,
+            text_len=self.text_len,
             freq_dim=self.freq_dim,
             image_dim=self.image_dim if task == "wan2.1-i2v" else None,
         )
@@ -66,6 +68,7 @@ def write_model_folder(
     dtype: str = "float32",
     flow_shift: float = 3.0,
     shard_size: str = "10GB",
+    captions: Sequence[str] = (),
     **sizes: Any,
 ) -> Path:
     """Write a tiny Wan pipeline folder that diffusers' ``from_pretrained`` loads and runs.
@@ -78,6 +81,7 @@ def write_model_folder(
         dtype: stored type of DiT and text encoder; the VAE stays fp32 as in the release.
         flow_shift: written to the scheduler's config (3.0 is what Diffusers' own conversions carry).
         shard_size: largest safetensors shard of DiT and text encoder, e.g. ``"200KB"`` to get a sharded index.
+        captions: texts whose words become tokens of their own.
         **sizes: fields of ``TinySizes``.
 
     Returns:
@@ -94,7 +98,7 @@ def write_model_folder(
         raise ConfigError(f"unknown dtype {dtype!r}; one of {', '.join(_DTYPES)}")
     root, tiny = Path(path), TinySizes(**sizes)
     root.mkdir(parents=True, exist_ok=True)
-    vocab = write_tokenizer(root / "tokenizer", vocab_size=tiny.vocab_size)
+    vocab = write_tokenizer(root / "tokenizer", vocab_size=tiny.vocab_size, sentences=captions)
     components: dict[str, Any] = _components(task, tiny, vocab, seed, flow_shift)
     with _quiet_libraries():
         for name, component in components.items():
@@ -206,7 +210,10 @@ def _transformer(config: WanConfig) -> Any:
     from diffusers import WanTransformer3DModel
 
     fields = {key: value for key, value in config.to_diffusers().items() if not key.startswith("_")}
-    return WanTransformer3DModel(**{**fields, "patch_size": tuple(fields["patch_size"])})
+    text_len = {key: fields.pop(key) for key in ("text_len",) if key in fields}  # ours; diffusers only keeps it
+    model = WanTransformer3DModel(**{**fields, "patch_size": tuple(fields["patch_size"])})
+    model.register_to_config(**text_len)
+    return model
 
 
 def _scheduler(flow_shift: float) -> Any:

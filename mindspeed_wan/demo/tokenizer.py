@@ -11,6 +11,7 @@ import json
 import math
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -32,13 +33,13 @@ def corpus() -> list[str]:
     return [*sentences, *_OTHER]
 
 
-def _vocabulary(vocab_size: int) -> list[tuple[str, float]]:
+def _vocabulary(vocab_size: int, sentences: Sequence[str]) -> list[tuple[str, float]]:
     """Return tokens with their log probabilities: every character, then the words by how often they occur.
 
     The trainer of ``tokenizers`` breaks ties by the order of a hash map, which is new in each process; a folder
     must not change from run to run, so the counting is done here.
     """
-    words = Counter(f"▁{word}" for line in corpus() for word in unicodedata.normalize("NFKC", line).split())
+    words = Counter(f"▁{word}" for line in sentences for word in unicodedata.normalize("NFKC", line).split())
     characters = Counter(letter for word, count in words.items() for letter in word * count)
     for code in range(33, 127):
         characters[chr(code)] += 1
@@ -50,17 +51,20 @@ def _vocabulary(vocab_size: int) -> list[tuple[str, float]]:
     return [(token, 0.0) for token in _SPECIAL] + list(tokens.items())
 
 
-def write_tokenizer(folder: Path, *, vocab_size: int = 384, max_length: int = 512) -> int:
+def write_tokenizer(
+    folder: Path, *, vocab_size: int = 384, max_length: int = 512, sentences: Sequence[str] = ()
+) -> int:
     """Make the tokenizer, write it into ``folder`` and return the true vocabulary size.
 
     Args:
         folder: the ``tokenizer/`` folder; created.
         vocab_size: upper limit; the characters of the corpus are always all there.
         max_length: ``model_max_length``, 512 in every Wan release.
+        sentences: captions whose words become tokens before those of the general corpus.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.Unigram(_vocabulary(vocab_size), unk_id=2))
+    tokenizer = Tokenizer(models.Unigram(_vocabulary(vocab_size, [*sentences, *corpus()]), unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]

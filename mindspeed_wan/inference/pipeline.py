@@ -88,7 +88,7 @@ class WanGenerator:
         self.folder, self.options, self.runtime = folder, options, runtime
         self.prompts = PromptEncoder(
             folder, runtime, dtype=options.text_dtype or options.dtype, device=options.text_device,
-            max_length=options.max_text_length, clean=options.clean_prompts,
+            max_length=min(options.max_text_length, folder.config.text_len), clean=options.clean_prompts,
         )
         self.adapters: ExpertAdapters | None = None
         self.plan: memory.MemoryPlan | None = None

@@ -18,6 +18,9 @@ Expert = Literal["high", "low"]
 IMAGE_CONTEXT_LENGTH = 257
 """CLIP ViT-H/14 tokens of Wan2.1 I2V (256 patches + class token)."""
 
+DEFAULT_TEXT_LEN = 512
+"""Text tokens of every release."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
@@ -36,7 +39,7 @@ class WanConfig:
     out_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
     text_dim: int = 4096
-    text_len: int = 512
+    text_len: int = DEFAULT_TEXT_LEN
     freq_dim: int = 256
     eps: float = 1e-6
     rope_max_len: int = 1024
@@ -109,6 +112,7 @@ class WanConfig:
                 in_channels=int(values["in_channels"]),
                 out_channels=int(values.get("out_channels") or values["in_channels"]),
                 patch_size=tuple(values.get("patch_size", (1, 2, 2))),  # type: ignore[arg-type]
+                text_len=int(values.get("text_len", DEFAULT_TEXT_LEN)),
                 text_dim=int(values.get("text_dim", 4096)),
                 freq_dim=int(values.get("freq_dim", 256)),
                 eps=float(values.get("eps", 1e-6)),
@@ -120,8 +124,13 @@ class WanConfig:
             raise CheckpointError(f"key {error.args[0]!r} is missing", where=where) from None
 
     def to_diffusers(self) -> dict[str, Any]:
-        """Return the ``config.json`` that ``WanTransformer3DModel.from_pretrained`` reads."""
+        """Return the ``config.json`` that ``WanTransformer3DModel.from_pretrained`` reads.
+
+        The text length is an argument of diffusers' pipelines (``max_sequence_length``), not of its model; it is
+        written only where it is not the release's, so that the model comes back as it was.
+        """
         return {
+            **({"text_len": self.text_len} if self.text_len != DEFAULT_TEXT_LEN else {}),
             "_class_name": "WanTransformer3DModel",
             "_diffusers_version": "0.35.1",
             "added_kv_proj_dim": self.dim if self.has_image_embedder else None,
@@ -159,7 +168,7 @@ class WanConfig:
                 num_heads=int(values["num_heads"]),
                 in_channels=int(values["in_dim"]),
                 out_channels=int(values["out_dim"]),
-                text_len=int(values.get("text_len", 512)),
+                text_len=int(values.get("text_len", DEFAULT_TEXT_LEN)),
                 freq_dim=int(values.get("freq_dim", 256)),
                 text_dim=int(values.get("text_dim", 4096)),
                 eps=float(values.get("eps", 1e-6)),
