@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mindspeed_wan.checkpoint.tensor_file import write_tensor_file
 from mindspeed_wan.data import feature_cache
 from mindspeed_wan.data.dataset import ClipDataset
 from mindspeed_wan.data.feature_cache import ClipContent, EncoderChoice, Identity
@@ -164,8 +165,6 @@ class Builder:
 
     def _write_shard(self, path: Path, rows: list[dict[str, Any]]) -> int:
         """Encode a shard's samples and write it; returns how many clips could not be read."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         bad = 0
         for row in rows:
@@ -177,20 +176,7 @@ class Builder:
                 row["bad"], bad = error.message, bad + 1
             _touch(_claim_path(path))
             self.on_sample()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary, metadata={"rows": json.dumps(rows, ensure_ascii=False)})
-            _sync(temporary)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise feature_cache.disk_error(error, path) from None
-        except Exception as error:  # safetensors wraps the disk's errors in a type of its own
-            if "No space" not in str(error) and "File too large" not in str(error):
-                raise
-            raise feature_cache.disk_error(OSError(28, "no space left on device"), path) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensor_file(path, tensors, {"rows": json.dumps(rows, ensure_ascii=False)})
         return bad
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Tensor]:
@@ -217,11 +203,7 @@ class Builder:
             index += [{**row, "shard": path.name} for row in rows]
         empty = self.folder / feature_cache.EMPTY_TEXT_FILE
         if not empty.is_file():
-            from safetensors.torch import save_file
-
-            temporary = empty.with_name(f".{empty.name}.{socket.gethostname()}.{os.getpid()}")
-            save_file({"text": self.encoder.encode_text("").cpu().contiguous()}, temporary)
-            os.replace(temporary, empty)
+            write_tensor_file(empty, {"text": self.encoder.encode_text("").cpu()}, {})
         content = {"key": self.identity.key, "samples": index}
         feature_cache.write_atomically(self.folder / feature_cache.INDEX_FILE, json.dumps(content, ensure_ascii=False))
         return True
@@ -313,8 +295,3 @@ def _take_over(path: Path) -> bool:
 def _touch(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.utime(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_wan.checkpoint.tensor_file import write_tensor_file
 from mindspeed_wan.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -111,14 +112,8 @@ def write_frames(folder: Path, frames: np.ndarray) -> None:
 
 def write_latents(path: Path, latents: torch.Tensor, settings: Mapping[str, Any]) -> None:
     """Write normalised latents [16, f, h, w] as safetensors; ``settings`` goes into its metadata as JSON."""
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file(
-            {"latents": latents.detach().cpu().contiguous()},
-            temporary,
-            {"format": "pt", "settings": json.dumps(settings, ensure_ascii=False, default=str)},
-        )
+    told = {"format": "pt", "settings": json.dumps(settings, ensure_ascii=False, default=str)}
+    write_tensor_file(path, {"latents": latents.detach().cpu()}, told)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindspeed_wan.checkpoint.manifest import write_text_atomic
+from mindspeed_wan.checkpoint.tensor_file import write_tensor_file
 from mindspeed_wan.errors import CheckpointError, ConfigError, did_you_mean
 from mindspeed_wan.lora.formats import alpha as alphas
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
@@ -37,27 +38,19 @@ def write_lora(
         format_name: a key of ``FORMATS``.
         metadata: strings added to the file's own.
         drop_diffs: leave out differences that the format has no words for instead of refusing.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        CheckpointError: differences that the format has no words for.
+        ResourceError: the disk is full; what was at ``path`` is untouched.
+    """
     tensors, strings = to_tensors(lora, config, format_name, drop_diffs=drop_diffs)
     strings.update(metadata or {})
-    path = Path(path)
+    file = Path(path) / "adapter_model.safetensors" if format_name == "peft" else Path(path)
+    write_tensor_file(file, tensors, strings)
     if format_name == "peft":
-        path.mkdir(parents=True, exist_ok=True)
-        _write_atomic(path / alphas.PEFT_CONFIG_FILE, json.dumps(_peft_config(lora, config), indent=2, sort_keys=True))
-        path = path / "adapter_model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(staging), strings)
-    os.replace(staging, path)
-    return path
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.write_text(text + "\n", encoding="utf-8")
-    os.replace(staging, path)
+        settings = json.dumps(_peft_config(lora, config), indent=2, sort_keys=True)
+        write_text_atomic(file.with_name(alphas.PEFT_CONFIG_FILE), settings + "\n")
+    return file
 
 
 def to_tensors(
