@@ -1,7 +1,7 @@
 """One video's latents: noise, guidance, the two experts, the solver. Everything that repeats every step is here.
 
 Texts are embedded once per prompt and expert; a step costs one or two forward passes (side by side with CFG parallel)
-and nothing else worth naming.
+and nothing else worth naming. Which steps run the unconditional pass is a plan made before the loop.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mindspeed_wan.diffusion.sampler import sample
 from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.diffusion.solvers import Solver, SolverState
 from mindspeed_wan.inference.experts import Experts
+from mindspeed_wan.inference.guidance_options import GuidanceOptions, GuidancePlan
 from mindspeed_wan.inference.runtime import Runtime
 from mindspeed_wan.inference.step_cache import Recorder, StepCache
 from mindspeed_wan.models.wan.model import TextContext
@@ -45,9 +46,13 @@ class Conditions:
 
 @dataclass
 class StepTimes:
-    """Seconds of every step by expert, the device synchronised at each end."""
+    """Seconds of every step by expert, the device synchronised at each end.
+
+    ``evaluations`` counts the times this rank ran the blocks of a DiT: what a step cache or a guidance plan saves.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    evaluations: int = 0
 
     def add(self, expert: str, seconds: float) -> None:
         """Record one step."""
@@ -67,15 +72,20 @@ class Denoiser:
         scales: guidance scale of ``high`` and ``low``.
         boundary: sigma at which the experts change; ``None`` with one expert.
         cache: skips blocks at some steps, or measures how much they change.
+        guidance_plan: which steps run the unconditional branch; ``None``: every step of an expert with a scale.
     """
 
     def __init__(
         self, experts: Experts, runtime: Runtime, schedule: SigmaSchedule, solver: Solver,
         *, scales: dict[str, float], boundary: float | None, cache: StepCache | Recorder | None = None,
+        guidance_plan: GuidancePlan | None = None,
     ) -> None:
         self._experts, self._runtime = experts, runtime
         self._schedule, self._solver = schedule, solver
         self._scales, self._boundary, self._cache = scales, boundary, cache
+        self._plan = guidance_plan or GuidanceOptions().plan(schedule, boundary, scales)
+        if isinstance(cache, StepCache):
+            cache.restart_at(self._plan.starts)
 
     @torch.no_grad()
     def run(
@@ -87,15 +97,15 @@ class Denoiser:
             NumericsError: the latents are not finite.
         """
         times = StepTimes()
-        # Contexts of one expert at a time: for A14B each holds 420 MB.
-        held: dict[tuple[str, bool], TextContext] = {}
+        held = _Held()
         platform, started = self._runtime.platform, time.perf_counter()
 
         def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
+            nonlocal held
             expert = self._schedule.expert(step, self._boundary)
-            if held and next(iter(held))[0] != expert:
-                held.clear()
-            return self._guided(step, expert, x, t, conditions, held)
+            if held.expert != expert:
+                held = _Held(expert)
+            return self._guided(step, x, t, conditions, held, times)
 
         def after(state: SolverState) -> None:
             nonlocal started
@@ -110,31 +120,60 @@ class Denoiser:
         return sample(velocity, noise, self._schedule, self._solver, after), times
 
     def _guided(
-        self, step: int, expert: str, x: Tensor, t: Tensor, conditions: Conditions,
-        held: dict[tuple[str, bool], TextContext],
+        self, step: int, x: Tensor, t: Tensor, conditions: Conditions, held: _Held, times: StepTimes
     ) -> Tensor:
         """Return the guided velocity of one step."""
-        model, cache = self._experts.use(expert), self._cache
+        model, cache, mode = self._experts.use(held.expert), self._cache, self._plan.modes[step]
         if cache is not None:
-            cache.begin(step, expert, model)
+            cache.begin(step, held.expert, model)
         inputs = x if conditions.channels is None else torch.cat([x, conditions.channels.to(x.dtype)], dim=1)
 
         def branch(negative: bool) -> Tensor:
-            if (expert, negative) not in held:
+            if negative not in held.texts:
                 states = conditions.negative if negative else conditions.prompt
-                held[expert, negative] = model.encode_text(states.unsqueeze(0), conditions.image_embeds)
+                held.texts[negative] = model.encode_text(states.unsqueeze(0), conditions.image_embeds)
             around = cache.around("uncond" if negative else "cond") if cache is not None else None
-            return model(inputs, t, text_context=held[expert, negative], around_blocks=around)
+            velocity = model(inputs, t, text_context=held.texts[negative], around_blocks=around)
+            times.evaluations += cache is None or cache.computed
+            return velocity
 
-        scale = self._scales[expert]
-        if not guidance.needs_uncond(scale):
-            return guidance.combine(branch(False), None, scale)
-        if self._runtime.cfg_group is None:
-            return guidance.combine(branch(False), branch(True), scale)
-        mine = branch(self._runtime.branch == 1).contiguous()
+        cond: Tensor
+        uncond: Tensor | None
+        if self._runtime.cfg_group is not None:
+            # Both ranks run at every step, whatever the plan: the blocks' weights may be sharded over the two.
+            cond, uncond = self._exchange(branch(self._runtime.branch == 1))
+        else:
+            cond, uncond = branch(False), branch(True) if mode == "guided" else None
+        if mode == "plain":
+            return guidance.combine(cond, None, 1.0)
+        if mode == "guided":
+            assert uncond is not None
+            held.difference = cond - uncond if "reused" in self._plan.modes[step:] else None
+        else:
+            assert held.difference is not None
+            uncond = cond - held.difference
+        return guidance.combine(cond, uncond, self._scales[held.expert])
+
+    def _exchange(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (conditional, unconditional) velocity from the two ranks that computed one each."""
         both = [torch.empty_like(mine) for _ in range(2)]
-        dist.all_gather(both, mine, group=self._runtime.cfg_group)
-        return guidance.combine(both[0], both[1], scale)
+        dist.all_gather(both, mine.contiguous(), group=self._runtime.cfg_group)
+        return both[0], both[1]
+
+
+@dataclass
+class _Held:
+    """What is kept between the steps of one expert: for A14B each text context is 420 MB.
+
+    Attributes:
+        expert: whose it is.
+        texts: contexts by branch, ``True`` is the unconditional one.
+        difference: conditional minus unconditional velocity of the last guided step, where a later step reuses it.
+    """
+
+    expert: str = ""
+    texts: dict[bool, TextContext] = field(default_factory=dict)
+    difference: Tensor | None = None
 
 
 def draw_noise(kind: str, shape: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:

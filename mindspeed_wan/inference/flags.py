@@ -14,6 +14,7 @@ from typing import Any
 
 from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions, parse_coefficients
+from mindspeed_wan.inference.guidance_options import GuidanceOptions, parse_sigmas, parse_steps
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import MEMORY_NAMES, PRESETS, REFUSED_MEMORY, LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
@@ -82,6 +83,12 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("sample_guide_scale", "guidance", parse_guidance, "LOW,HIGH, or one scale for both experts"),
         Flag("boundary", "boundary", float, "sigma at which the experts change"),
         Flag("sample_preset", "preset", str, "lightx2v: 4 Euler steps without guidance, for distilled adapters"),
+    ),
+    "guidance at some steps only": (
+        Flag("cfg_skip_ratio", "limits_skip_ratio", float, "share of the steps, at the end, without guidance"),
+        Flag("cfg_sigmas", "limits_sigmas", parse_sigmas, "LOW,HIGH: guidance at LOW < sigma <= HIGH only"),
+        Flag("cfg_steps", "limits_steps", parse_steps, "FIRST,END: guidance at steps FIRST to END - 1 only, from 0"),
+        Flag("cfg_gate", "limits_gate", int, "from this step on, add the branches' last difference again"),
     ),
     "adapters (LoRA, any format)": (
         Flag("lora_path", "lora_low_paths", Path, "low-noise expert: one file or several", many=True),
@@ -198,12 +205,12 @@ def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOpti
         values["prompts"] = (*raw.pop("prompts", ()), *read_lines(raw.pop("prompt_file"), "prompt"))
     layout = _layout(raw, world_size, problems)
     _memory(raw, problems)
-    cache = {name[len("cache_"):]: raw.pop(name) for name in list(raw) if name.startswith("cache_")}
-    if cache:
+    if cache := _prefixed(raw, "cache_"):
         values["cache"] = CacheOptions(**cache)
-    lora = {name[len("lora_"):]: raw.pop(name) for name in list(raw) if name.startswith("lora_")}
-    if lora:
+    if lora := _prefixed(raw, "lora_"):
         values["lora"] = LoraOptions(**lora)
+    if limits := _prefixed(raw, "limits_"):
+        values["guidance_limits"] = GuidanceOptions(**limits)
     preset = raw.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         problems.append(f"--sample_preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -213,6 +220,11 @@ def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOpti
     options = GenerateOptions(**values, layout=layout)
     options.check()
     return options
+
+
+def _prefixed(raw: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Take the values whose field starts with ``prefix`` out of ``raw``."""
+    return {name[len(prefix):]: raw.pop(name) for name in list(raw) if name.startswith(prefix)}
 
 
 def _read_words(words: list[str], problems: list[str]) -> dict[str, Any]:
@@ -268,7 +280,9 @@ def _read_value(flag: Flag, words: list[str], raw: dict[str, Any], problems: lis
 
 
 def _kind_name(kind: Callable[[str], Any]) -> str:
-    return {int: "whole number", float: "number", parse_coefficients: "list of numbers"}.get(kind, "HEIGHT,WIDTH")  # type: ignore[call-overload]
+    names = {int: "whole number", float: "number", parse_coefficients: "list of numbers", parse_sigmas: "LOW,HIGH",
+             parse_steps: "FIRST,END"}
+    return names.get(kind, "HEIGHT,WIDTH")  # type: ignore[call-overload]
 
 
 def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) -> InferenceLayout:

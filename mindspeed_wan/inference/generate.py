@@ -68,6 +68,10 @@ def _run(generator: WanGenerator) -> None:
     say(f"{len(jobs)} video{'s' if len(jobs) > 1 else ''} of {options.size[1]}x{options.size[0]}x{options.num_frames}; "
         f"{options.solver} on the {options.grid} grid, shift {options.shift:g}, {high} + {low} steps (high + low)",
         flush=True)
+    if options.guidance_limits:
+        say(generator.guidance_plan(options).describe(), flush=True)
+        if runtime.layout.cfg > 1:
+            say("note: with --cfg_size 2 the branches run side by side, so leaving one out saves no time", flush=True)
     if options.lora.looks_distilled() and options.steps is not None and options.steps > 8:
         say(f"note: an adapter's name says few steps, but {options.steps} are asked for; --sample_preset lightx2v "
             "takes 4 Euler steps without guidance", flush=True)

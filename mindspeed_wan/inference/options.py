@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions
+from mindspeed_wan.inference.guidance_options import GuidanceOptions
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
@@ -97,6 +98,7 @@ class GenerateOptions:
     solver: str = "unipc"
     grid: str = "official"
     guidance: tuple[float, float] | None = None
+    guidance_limits: GuidanceOptions = field(default_factory=GuidanceOptions)
     boundary: float | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -154,6 +156,7 @@ class GenerateOptions:
         raise_problems(
             [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(),
              *(self._prompt_problems() if whole_list else ()), *self.cache.problems(self.task),
+             *self.guidance_limits.problems(self.guidance, calibrates=self.cache.calibrate is not None),
              *self.lora.problems(dit_fsdp=self.layout.dit_fsdp),
              *self.layout.problems(num_heads, videos)]
         )
@@ -263,6 +266,7 @@ class GenerateOptions:
         cache = {"cache": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.cache).items()}}
         return {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, **values, **images,
                 **(cache if self.cache.method != "none" else {}),
+                **({"guidance_limits": asdict(self.guidance_limits)} if self.guidance_limits else {}),
                 **({"lora": self.lora.settings()} if self.lora else {}), "weights": weights}
 
 

@@ -23,6 +23,7 @@ from mindspeed_wan.inference import memory, video_io
 from mindspeed_wan.inference.adapters import ExpertAdapters, read_adapters
 from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
 from mindspeed_wan.inference.experts import Experts, open_experts
+from mindspeed_wan.inference.guidance_options import GuidancePlan
 from mindspeed_wan.inference.images import ImageConditions
 from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, VideoJob
@@ -46,6 +47,7 @@ class GeneratedVideo:
         seconds: by stage (``text``, ``load``, ``high``, ``low``, ``decode`` ...).
         steps: seconds of each step by expert.
         settings: everything that decides the content.
+        evaluations: times that this rank ran the blocks of a DiT.
     """
 
     latents: Tensor
@@ -54,6 +56,7 @@ class GeneratedVideo:
     seconds: dict[str, float]
     steps: dict[str, list[float]]
     settings: dict[str, Any]
+    evaluations: int = 0
 
     def save(self, path: str | Path, *, crf: int = 18) -> None:
         """Write an mp4; does nothing on ranks without the video."""
@@ -175,8 +178,8 @@ class WanGenerator:
         cache = options.cache.build(options.task, schedule, shift=options.shift, boundary=options.boundary,
                                     grid=options.grid, solver=options.solver)
         denoiser = Denoiser(
-            experts, self.runtime, schedule, make_solver(options.solver),
-            scales={"high": high, "low": low}, boundary=options.boundary, cache=cache,
+            experts, self.runtime, schedule, make_solver(options.solver), scales={"high": high, "low": low},
+            boundary=options.boundary, cache=cache, guidance_plan=self.guidance_plan(options),
         )
         noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
         latents, times = denoiser.run(noise, conditions, on_progress)
@@ -187,7 +190,7 @@ class WanGenerator:
                 video = self._decode(latents)
         return GeneratedVideo(
             latents=latents[0].cpu(), video=video, fps=options.fps, seconds=_all_seconds(watch, times),
-            steps=times.seconds, settings=settings,
+            steps=times.seconds, settings=settings, evaluations=times.evaluations,
         )
 
     def _report_cache(self, cache: StepCache | Recorder | None, schedule: SigmaSchedule, options: GenerateOptions
@@ -207,6 +210,16 @@ class WanGenerator:
         """Return the noise levels of these options."""
         assert options.steps is not None and options.shift is not None
         return sigmas(options.steps, options.shift, options.grid, options.solver)  # type: ignore[arg-type]
+
+    def guidance_plan(self, options: GenerateOptions) -> GuidancePlan:
+        """Return which steps run the unconditional branch.
+
+        Raises:
+            ConfigError: limits of guidance that leave no guided step, or leave out none.
+        """
+        assert options.guidance is not None
+        low, high = options.guidance
+        return options.guidance_limits.plan(self.schedule(options), options.boundary, {"high": high, "low": low})
 
     def experts(self, latent: tuple[int, int, int]) -> Experts:
         """Return the experts, loading them on first use in the memory mode that fits videos of ``latent`` size."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,10 @@ class CachePlan:
     def ideal_speedup(self) -> float:
         """Block evaluations without the cache over those with it."""
         return len(self.compute) / max(1, self.compute.count(True))
+
+    def with_computed(self, steps: Collection[int]) -> CachePlan:
+        """Return the plan with ``steps`` computed in any case."""
+        return replace(self, compute=tuple(c or step in steps for step, c in enumerate(self.compute)))
 
     def describe(self) -> str:
         """Return the plan as a line: ``#`` computes, ``.`` reuses."""
@@ -199,19 +203,31 @@ class StepCache:
         plan: what to do at every step.
         replan: called with (first step of the expert, its model) when an expert takes over, for plans that read the
             model's weights (TeaCache); returns the plan to follow from there.
+
+    Attributes:
+        computed: whether the last call of ``around`` ran the blocks.
     """
 
     def __init__(self, plan: CachePlan, replan: Callable[[int, WanDiT], CachePlan] | None = None) -> None:
         self.plan, self._replan = plan, replan
         self._step, self._expert = 0, ""
         self._memory: dict[str, _Memory] = {}
+        self._restarts: frozenset[int] = frozenset()
+        self.computed = True
+
+    def restart_at(self, steps: frozenset[int]) -> None:
+        """Compute ``steps`` in any case and forget the unconditional branch there: it did not run just before."""
+        self._restarts = steps
+        self.plan = self.plan.with_computed(steps)
 
     def begin(self, step: int, expert: str, model: WanDiT) -> None:
         """Tell which step comes; a new expert (or a new video) starts with nothing remembered."""
         if expert != self._expert or step == 0:
             self._memory.clear()
             if self._replan is not None:
-                self.plan = self._replan(step, model)
+                self.plan = self._replan(step, model).with_computed(self._restarts)
+        if step in self._restarts:
+            self._memory.pop("uncond", None)
         self._step, self._expert = step, expert
 
     def around(self, branch: str) -> Callable[[Tensor, RunBlocks], Tensor]:
@@ -219,7 +235,8 @@ class StepCache:
 
         def blocks(x: Tensor, run: RunBlocks) -> Tensor:
             memory = self._memory.setdefault(branch, _Memory())
-            if self.plan.compute[self._step] or not memory.factors:
+            self.computed = self.plan.compute[self._step] or not memory.factors
+            if self.computed:
                 out = run(x)
                 self._remember(memory, out - x)
                 return out
@@ -252,6 +269,8 @@ class Recorder:
 
     Use like a ``StepCache``; nothing is skipped. Norms are per token, averaged over tokens and branches.
     """
+
+    computed = True
 
     def __init__(self) -> None:
         self._step, self._expert = 0, ""
