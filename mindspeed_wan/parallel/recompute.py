@@ -8,6 +8,7 @@ need no gradient (a frozen embedding under LoRA) do not switch it off.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.parallel.offload import InputOffload
 from mindspeed_wan.parallel.patterns import select_modules
 
 
@@ -36,6 +38,8 @@ class RecomputePlan:
         patterns: candidates by name (``recompute_modules`` of an FSDP2 file); empty means ``model.blocks``.
         keep_attention: keep the results of attention as well, the costly part at video lengths (two thirds of a
             block's FLOP at 75,600 tokens). Costs one ``[L, B, D]`` tensor per attention and block.
+        offload: keep the inputs of these blocks in host memory between the passes (``parallel/offload.py``). Kept
+            results of attention stay on the device.
 
     Raises:
         ConfigError: ``every_k`` is below 1.
@@ -45,6 +49,7 @@ class RecomputePlan:
     first: int | None = None
     patterns: tuple[str, ...] = ()
     keep_attention: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.every_k < 1:
@@ -58,27 +63,37 @@ def apply_recompute(model: nn.Module, plan: RecomputePlan) -> list[nn.Module]:
     else:
         candidates = list(model.blocks)  # type: ignore[arg-type]
     chosen = candidates[: plan.first][:: plan.every_k]
+    offload = InputOffload() if plan.offload else None
     for block in chosen:
-        recompute(block, keep_attention=plan.keep_attention)
+        recompute(block, keep_attention=plan.keep_attention, offload=offload)
     return chosen
 
 
-def recompute(module: nn.Module, *, keep_attention: bool = False) -> None:
-    """Make ``module`` recompute its activations in the backward pass. Idempotent."""
+def recompute(module: nn.Module, *, keep_attention: bool = False, offload: InputOffload | None = None) -> None:
+    """Make ``module`` recompute its activations in the backward pass. Idempotent.
+
+    Args:
+        module: its first argument is the tensor it works on.
+        keep_attention: see ``RecomputePlan``.
+        offload: takes that tensor to the host in between.
+    """
     if getattr(module, "recomputed", False):
         return
     module.recomputed = True  # type: ignore[assignment]
     context = partial(create_selective_checkpoint_contexts, _keep_attention) if keep_attention else noop_context_fn
-    module.forward = partial(_forward, module.forward, context)  # type: ignore[method-assign]
+    module.forward = partial(_forward, module.forward, context, offload)  # type: ignore[method-assign]
 
 
-def _forward(forward: Callable[..., Any], context: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    forward: Callable[..., Any], context: Callable[[], Any], offload: InputOffload | None, *args: Any, **kwargs: Any
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # The DiT draws no random numbers, so there is no generator state to save and restore.
-    return checkpoint(
-        forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context, **kwargs
-    )
+    with nullcontext() if offload is None else offload.around(args[0]):
+        return checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context, **kwargs
+        )
 
 
 def _keep_attention(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
