@@ -126,6 +126,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("text_dtype", "text_dtype", str, "precision of UMT5; the DiT's by default"),
         Flag("memory", "memory", str, "auto, resident, sequential (one expert on the device) or block (stream blocks)"),
         Flag("gpu_memory_mode", "memory", str, "VideoX-Fun's names: model_full_load, model_cpu_offload ..."),
+        Flag("compile", "compile_blocks", parse_bool, "torch.compile each block; the first step takes minutes"),
         Flag("offload_model", "offload_model", parse_bool, "true is --memory sequential, false is --memory resident"),
         Flag("t5_cpu", "t5_cpu", parse_bool, "encode prompts on the CPU"),
         Flag("vae_tile", "vae_tile_size", _parse_tile, "tile HEIGHT,WIDTH in latent pixels (30,52 as in DiffSynth)"),

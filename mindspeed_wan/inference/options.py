@@ -109,6 +109,7 @@ class GenerateOptions:
     vae_dtype: str = "fp32"
     text_dtype: str | None = None
     memory: str = "auto"
+    compile_blocks: bool = False
     text_device: str = "auto"
     vae_tile: tuple[int, int, int, int] | None = None
     layout: InferenceLayout = field(default_factory=InferenceLayout)

@@ -21,6 +21,7 @@ from mindspeed_wan.diffusion.solvers import make_solver
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference import memory, video_io
 from mindspeed_wan.inference.adapters import ExpertAdapters, read_adapters
+from mindspeed_wan.inference.compiler import check_compiler
 from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
 from mindspeed_wan.inference.experts import Experts, open_experts
 from mindspeed_wan.inference.guidance_options import GuidancePlan
@@ -124,6 +125,8 @@ class WanGenerator:
         options = with_folder_defaults(options, folder)
         options.check(num_heads=folder.config.num_heads, whole_list=whole_list)
         platform = get_platform(options.device)
+        if options.compile_blocks:
+            check_compiler(platform)
         return cls(folder, options, start(platform, options.layout, options.timeout_minutes))
 
     def __call__(
@@ -230,7 +233,8 @@ class WanGenerator:
                 self.options.lora, self.folder.config, tuple(self.folder.experts), self.runtime
             )
             self._experts = open_experts(
-                self.folder, self.runtime, dtype=dtype, memory=self.plan.mode, adapters=self.adapters
+                self.folder, self.runtime, dtype=dtype, memory=self.plan.mode, adapters=self.adapters,
+                compile_blocks=self.options.compile_blocks,
             )
         return self._experts
 
