@@ -33,6 +33,9 @@ MODEL_CARD = "wan.json"
 
 EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
 """Folder names that say which expert they hold (Wan2.2 in the Diffusers and in the original layout)."""
+_VIDEOX_CLASS = "Wan2_2Transformer3DModel"
+_VIDEOX_FOLDERS = {"transformer": "low", "transformer_2": "high"}
+"""VideoX-Fun's A14B folders, known by ``_class_name`` in their ``config.json``, are the other way round."""
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -64,7 +67,16 @@ class Found:
     @property
     def expert(self) -> str | None:
         """The expert this holds, as its card or its folder name says; ``None`` when neither does."""
-        return self.card.get("expert") or EXPERT_FOLDERS.get(self.path.name)
+        folders = _VIDEOX_FOLDERS if _is_videox(self.path) else EXPERT_FOLDERS
+        return self.card.get("expert") or folders.get(self.path.name)
+
+
+def _is_videox(folder: Path) -> bool:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("_class_name") == _VIDEOX_CLASS
 
 
 def find(path: str | Path, *, step: int | None = None) -> Found:
