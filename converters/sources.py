@@ -20,6 +20,8 @@ FORMATS = {"hf": "Diffusers", "original": "original Wan", "mm": "MindSpeed-MM", 
 READERS: dict[str, Callable[[Path, str | None, WanConfig | None], Weights]] = {
     "hf": hf.read, "original": original.read, "mm": mm.read, "dcp": dcp.read}
 _FOLDER_EXPERT = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
+_VIDEOX_CLASS = "Wan2_2Transformer3DModel"
+"""``_class_name`` of VideoX-Fun's A14B folders: original names, and ``transformer/`` is the LOW expert."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def _experts_below(path: Path) -> Source | None:
             # Wan2.1 has one DiT in transformer/; a Wan2.2 folder with one expert names it by the folder.
             expert = _FOLDER_EXPERT[name] if name != "transformer" or _is_two_expert_model(path) else None
             return Source(path, str(kinds[name]), {expert: folder})
+        if _class_name(folders[high]) == _VIDEOX_CLASS:
+            high, low = low, high
         return Source(path, str(kinds[high]), {"high": folders[high], "low": folders[low]})
     return None
 
@@ -113,6 +117,8 @@ def _own_expert(path: Path) -> str | None:
     name = path.resolve().name
     if name == "transformer" and not (path.resolve().parent / "transformer_2").is_dir():
         return None  # Wan2.1, or a lone folder: the name says nothing
+    if _class_name(path) == _VIDEOX_CLASS:
+        return {"transformer": "low", "transformer_2": "high"}.get(name)
     return _FOLDER_EXPERT.get(name)
 
 
@@ -129,14 +135,19 @@ def _folder_format(path: Path) -> str | None:
     return "dcp" if has_dcp else "mm" if has_mm else "dcp" if any(folder.glob("*.distcp")) else None
 
 
-def _has_original_names(path: Path) -> bool:
-    config = path / "config.json"
+def _class_name(folder: Path) -> str | None:
+    """Return ``_class_name`` of an expert's ``config.json``, if it has one."""
     try:
-        raw = json.loads(config.read_text(encoding="utf-8"))
-        if isinstance(raw, dict) and "_class_name" in raw:
-            return bool(raw["_class_name"] == "WanModel")
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        pass
+        return None
+    return str(raw["_class_name"]) if isinstance(raw, dict) and "_class_name" in raw else None
+
+
+def _has_original_names(path: Path) -> bool:
+    name = _class_name(path)
+    if name is not None:
+        return name in ("WanModel", _VIDEOX_CLASS)
     for file in sorted(path.glob("*.safetensors"))[:1]:
         return name_layout(read_safetensors_header(file).tensors) == "original"
     return False

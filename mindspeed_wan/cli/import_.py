@@ -7,10 +7,13 @@ import json
 import math
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_wan.cli.diffsynth import SHIFT, STEPS, Job, understand
 from mindspeed_wan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mindspeed_wan.models.wan.config import WanConfig
 
 _BARE_SCRIPT = "bash ${{MINDSPEED_WAN_ROOT:-{root}}}/examples/wan2.2/common/launch.sh pretrain"
 
@@ -57,9 +60,7 @@ recompute_modules: ["predictor.blocks.{*}"]
 
 def model_file(job: Job) -> dict[str, Any]:
     """Return the model file: the expert's range by name, DiffSynth's loss weight and index grid."""
-    from mindspeed_wan.models.wan.config import PRESETS
-
-    wan = PRESETS[f"{job.task}-A14B"]
+    wan = _architecture(job)
     return {
         "task": job.task, "load_video_features": False, "load_text_features": False, "encoder_offload_interval": 8,
         "diffusion": {
@@ -76,6 +77,16 @@ def model_file(job: Job) -> dict[str, Any]:
         "ae": {"model_id": "wan_video_vae", "from_pretrained": _absolute(job.vae), "dtype": "fp32"},
         "text_encoder": {"model_id": "UMT5", "from_pretrained": _absolute(job.text_encoder), "dtype": "bf16"},
     }
+
+
+def _architecture(job: Job) -> WanConfig:
+    """Return the expert's sizes: those its folder states, or A14B's when it is not here yet."""
+    from mindspeed_wan.models.wan.config import PRESETS, WanConfig
+
+    file = job.weights / "config.json"
+    if not file.is_file():
+        return PRESETS[f"{job.task}-A14B"]
+    return WanConfig.from_original(json.loads(file.read_text(encoding="utf-8")), where=str(file))
 
 
 def data_file(job: Job) -> dict[str, Any]:

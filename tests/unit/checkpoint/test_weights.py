@@ -187,3 +187,12 @@ def test_pipeline_splits_and_missing_ranks_are_refused(tmp_path: Path,
     root = mp_rank_root(tmp_path / "pp", weights, config, 1)
     (root / "release" / "mp_rank_00").rename(root / "release" / "mp_rank_00_000")
     assert "resplit" in str(refuse(root, config).fix)
+
+
+def test_videox_folders_hold_the_other_expert(tmp_path: Path) -> None:
+    for name, expert in (("transformer", "low"), ("transformer_2", "high")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text('{"_class_name": "Wan2_2Transformer3DModel"}')
+        (folder / "x.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+        assert find(folder).expert == expert
