@@ -140,7 +140,7 @@ def build_groups(dims: ParallelDims, platform: Platform, *, timeout_minutes: flo
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tensor,
         context_parallel_size=dims.context,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # a timedelta of it is all that is made
         create_gloo_process_groups=False,
     )
     timeout = timedelta(minutes=timeout_minutes)
