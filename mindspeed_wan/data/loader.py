@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mindspeed_wan.data.bad_samples import BadSampleLog
+from mindspeed_wan.data.bad_samples import BadSample, BadSampleLog
 from mindspeed_wan.data.dataset import ClipDataset, Failure, Sample
 from mindspeed_wan.data.sampler import GlobalBatchSampler, Key, rank_slice
 from mindspeed_wan.errors import DataError, ResourceError
@@ -73,14 +73,21 @@ def micro_batch_keys(sampler: GlobalBatchSampler, schedule: Schedule) -> Iterato
         consumed += schedule.global_batch_size
 
 
-class _KeyBatches:
-    """``micro_batch_keys`` as the re-iterable object that torch's DataLoader wants."""
+class BadSampleCounter(Protocol):
+    """Takes note of clips that could not be read (``bad_samples.BadSampleLog``)."""
 
-    def __init__(self, sampler: GlobalBatchSampler, schedule: Schedule) -> None:
-        self.sampler, self.schedule = sampler, schedule
+    def add(self, samples: Iterable[BadSample]) -> None:
+        """Note bad samples; raises ``DataError`` when there are too many."""
+
+
+class _KeyBatches:
+    """Lists of keys as the iterable object that torch's DataLoader wants; it is iterated once."""
+
+    def __init__(self, keys: Iterator[list[Key]]) -> None:
+        self.keys = keys
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return micro_batch_keys(self.sampler, self.schedule)
+        return self.keys
 
 
 def build_loader(
@@ -92,14 +99,34 @@ def build_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
     start_method: str = "fork",
-    bad_samples: BadSampleLog | None = None,
+    bad_samples: BadSampleCounter | None = None,
 ) -> Iterator[MicroBatch]:
-    """Return an endless iterator of this rank's micro-batches.
+    """Return an endless iterator of this rank's micro-batches; see :func:`load_batches` for the other arguments.
 
     Args:
         dataset: a ``ClipDataset``, or anything with its ``__getitem__`` and a ``collate`` of its own.
         sampler: the order.
         schedule: this rank's part and the position to start from.
+    """
+    return load_batches(dataset, micro_batch_keys(sampler, schedule), num_workers=num_workers, prefetch=prefetch,
+                        pin_memory=pin_memory, start_method=start_method, bad_samples=bad_samples)
+
+
+def load_batches(
+    dataset: Any,
+    keys: Iterator[list[Key]],
+    *,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    start_method: str = "fork",
+    bad_samples: BadSampleCounter | None = None,
+) -> Iterator[MicroBatch]:
+    """Return an iterator of the batches with these keys.
+
+    Args:
+        dataset: a ``ClipDataset``, or anything with its ``__getitem__`` and a ``collate`` of its own.
+        keys: the keys of each batch, all of one shape.
         num_workers: processes that decode ahead; 0 decodes in this one.
         prefetch: micro-batches each worker keeps ready.
         pin_memory: page-locked batches (for CUDA).
@@ -110,11 +137,11 @@ def build_loader(
         DataError: too many unreadable clips.
         ResourceError: a worker process died.
     """
-    log = bad_samples or BadSampleLog(None, len(dataset), 0.0)
+    log: BadSampleCounter = bad_samples or BadSampleLog(None, len(dataset), 0.0)
     collate = getattr(dataset, "collate", collate_clips)
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=_KeyBatches(sampler, schedule),  # type: ignore[arg-type]
+        batch_sampler=_KeyBatches(keys),  # type: ignore[arg-type]
         num_workers=num_workers,
         collate_fn=_as_list,
         pin_memory=False,
@@ -149,10 +176,12 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _checked(samples_of: Any, collate: Any, log: BadSampleLog, pin_memory: bool) -> Iterator[MicroBatch]:
+def _checked(samples_of: Any, collate: Any, log: BadSampleCounter, pin_memory: bool) -> Iterator[MicroBatch]:
     while True:
         try:
             samples = next(samples_of)
+        except StopIteration:
+            return
         except RuntimeError as error:
             if "worker" not in str(error):
                 raise
@@ -184,4 +213,4 @@ def _pinned(batch: MicroBatch) -> MicroBatch:
     return MicroBatch(**{**vars(batch), **changes})
 
 
-__all__ = ["ClipDataset", "MicroBatch", "Schedule", "build_loader", "collate_clips", "micro_batch_keys"]
+__all__ = ["ClipDataset", "MicroBatch", "Schedule", "build_loader", "collate_clips", "load_batches", "micro_batch_keys"]

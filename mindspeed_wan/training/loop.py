@@ -18,7 +18,7 @@ from mindspeed_wan.training.lr_schedule import Schedule
 from mindspeed_wan.training.metrics import IterationReport, MetricsWriter, Throughput, log_line
 from mindspeed_wan.training.optimizer import AdamW
 from mindspeed_wan.training.saving import Saver
-from mindspeed_wan.training.source import BatchSource
+from mindspeed_wan.training.source import Feed
 from mindspeed_wan.training.step import TrainStep
 from mindspeed_wan.training.stop import StopRequest
 
@@ -38,7 +38,7 @@ class Run:
     schedule: Schedule
     progress: Progress
     features: Iterator[Features]
-    source: BatchSource
+    source: Feed
     rates: Throughput
     guard: Guard
     first_rank: bool

@@ -19,14 +19,13 @@ from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.flops import latent_shape, training_flops
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import build_wan
-from mindspeed_wan.parallel.agreement import all_or_none, first_decides, is_first
+from mindspeed_wan.parallel.agreement import first_decides, is_first
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups
 from mindspeed_wan.parallel.recompute import RecomputePlan
 from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.training import adapters
 from mindspeed_wan.training.ema import Ema
-from mindspeed_wan.training.encoders import Encoders
 from mindspeed_wan.training.guard import Guard
 from mindspeed_wan.training.loop import Run
 from mindspeed_wan.training.lr_schedule import Schedule
@@ -35,13 +34,18 @@ from mindspeed_wan.training.objective import Objective
 from mindspeed_wan.training.optimizer import AdamW
 from mindspeed_wan.training.restore import model_card, restore
 from mindspeed_wan.training.saving import Saver
-from mindspeed_wan.training.source import BatchSource
+from mindspeed_wan.training.source import FeedOpener, OwnFeed
 from mindspeed_wan.training.step import TrainStep
 from mindspeed_wan.training.validation import Validation
 
 
-def prepare(config: RunConfig, platform: Platform) -> Run:
+def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFeed) -> Run:
     """Build everything a run needs. Collective; ``init_distributed`` has been called.
+
+    Args:
+        config: the resolved configuration.
+        platform: where it runs.
+        open_feed: makes the run's data; each rank reads and encodes its own unless told otherwise.
 
     Raises:
         WanError: what cannot work, before the first step.
@@ -63,8 +67,7 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
     ema = Ema(optimizer.masters(), config.training.ema_decay) if config.training.ema_decay is not None else None
     progress = restore(config, model, groups, optimizer, ema)
     progress.global_batch_size = config.global_batch(world_size)
-    source = BatchSource(config, groups, platform, progress.consumed_samples)
-    encoders = all_or_none(lambda: Encoders(config, groups, platform))
+    source = open_feed(config, groups, platform, progress.consumed_samples)
     step = train_step(config, model, groups, platform)
     evaluates = config.training.eval_interval is not None and config.training.eval_iters > 0
     run = Run(
@@ -74,13 +77,13 @@ def prepare(config: RunConfig, platform: Platform) -> Run:
         optimizer=optimizer,
         schedule=schedule(config, world_size),
         progress=progress,
-        features=encoders.stream(source),
+        features=source.features,
         source=source,
         rates=throughput(config, wan, world_size, platform),
         guard=Guard(config.training),
         first_rank=is_first(),
         ema=ema,
-        evaluate=Validation(config, step, source, encoders) if evaluates else None,
+        evaluate=Validation(config, step, source.evaluation) if evaluates else None,
     )
     if lock is not None:
         files = adapters.AdapterFiles(config, model, groups, ema) if config.lora is not None else None

@@ -1,17 +1,22 @@
-"""The run's data: an endless stream of this rank's micro-batches from a given position on."""
+"""The run's data: an endless stream of this rank's micro-batches from a given position on, encoded."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.data.build import OpenedData, open_data
 from mindspeed_wan.data.loader import MicroBatch, Schedule, build_loader
+from mindspeed_wan.data.sampler import GlobalBatchSampler
 from mindspeed_wan.parallel.agreement import all_or_none
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.platforms.base import Platform
+from mindspeed_wan.training.encoders import Encoders, Features
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
@@ -38,6 +43,7 @@ class BatchSource:
         batch = config.global_batch(groups.dims.world_size)
         schedule = Schedule(global_batch_size=batch, micro_batch_size=training.micro_batch_size, rank=groups.dp_rank,
                             ranks=groups.dims.data, consumed=consumed)
+        self._seed, self._schedule = training.seed, schedule
         save = config.checkpoint.save
         log = self.data.bad_sample_log(Path(save) / BAD_SAMPLES_FILE if save else None, section.max_bad_fraction,
                                         write=groups.tp_rank == 0 and groups.cp_rank == 0)
@@ -56,3 +62,60 @@ class BatchSource:
             return next(self._batches)
         finally:
             self.waited += time.perf_counter() - started
+
+    def evaluation(self) -> Iterator[MicroBatch]:
+        """Return a fresh pass over the data in file order; deterministic, so it can run in this very process."""
+        sampler = evaluation_order(self.data, self._seed)
+        return build_loader(self.data.dataset, sampler, replace(self._schedule, consumed=0))
+
+
+def evaluation_order(data: OpenedData, seed: int) -> GlobalBatchSampler:
+    """Return the order of the evaluation samples: that of the file, whatever the training order is."""
+    return GlobalBatchSampler(len(data.dataset), seed, shuffle=False, shapes=data.dataset.shapes)
+
+
+class Feed(Protocol):
+    """What a run learns from, encoded and in order.
+
+    ``features`` yields this rank's micro-batches for ever; ``description`` are lines to print once.
+    """
+
+    features: Iterator[Features]
+    description: list[str]
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which ``features`` was not ready in time."""
+
+    def evaluation(self, count: int) -> Iterator[Features]:
+        """Return the first ``count`` evaluation micro-batches of this rank."""
+
+
+FeedOpener = Callable[[RunConfig, ParallelGroups, Platform, int], Feed]
+"""Makes the feed of a run: configuration, layout, platform, samples consumed so far. Collective."""
+
+
+class OwnFeed:
+    """A feed that needs nobody else: each rank reads and encodes what it trains on. Collective to create.
+
+    Args:
+        config: the resolved configuration.
+        groups: the layout.
+        platform: where the encoders run.
+        consumed: samples of the job before the first batch.
+    """
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups, platform: Platform, consumed: int) -> None:
+        self._source = BatchSource(config, groups, platform, consumed)
+        self._encoders = all_or_none(lambda: Encoders(config, groups, platform))
+        self.features: Iterator[Features] = self._encoders.stream(self._source)
+        self.description = self._source.description
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for the loader."""
+        return self._source.waited
+
+    def evaluation(self, count: int) -> Iterator[Features]:
+        """Return the first ``count`` evaluation micro-batches of this rank."""
+        return self._encoders.stream(islice(self._source.evaluation(), count))

@@ -8,7 +8,7 @@ depend on how the batch is cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from mindspeed_wan.parallel.grads import finish_grads
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.training.encoders import Features
 from mindspeed_wan.training.guard import BadStepError
-from mindspeed_wan.training.objective import Objective
+from mindspeed_wan.training.objective import Noised, Objective
 from mindspeed_wan.training.optimizer import AdamW
 
 
@@ -50,6 +50,8 @@ class TrainStep:
         self.model, self.objective, self.groups = model, objective, groups
         self.accumulation, self.device, self.clip_norm = accumulation, device, clip_norm
         self.samples_per_rank = accumulation * micro_batch_size
+        self.loss_ranks = groups.dims.world_size
+        """Ranks that know a loss; the others count as zero."""
 
     def accumulate(self, features: Iterator[Features], *, stop: bool) -> Accumulated:
         """Run forward and backward over one global batch and reduce what has to be agreed on.
@@ -65,13 +67,27 @@ class TrainStep:
             losses, sigma = self.losses(next(features))
             (losses.mean() / self.accumulation).backward()
             totals += torch.stack((losses.detach().mean(), sigma.mean()))
-        agreed = torch.cat((totals / self.accumulation, torch.tensor([float(stop)], device=self.device)))
-        # Tensor and context ranks repeat their data rank's numbers, so the mean over the job is the batch mean.
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(agreed)
-            agreed /= dist.get_world_size()
-        loss, mean_sigma, stops = agreed.tolist()
-        return Accumulated(loss, mean_sigma, stops > 0)
+        return self.agree(totals / self.accumulation, stop=stop)
+
+    def agree(self, means: Tensor, *, stop: bool) -> Accumulated:
+        """Average this rank's mean (loss, sigma) over the job and ask whether anybody wants to stop. Collective."""
+        loss, sigma, stops = self.job_mean(torch.cat((means, means.new_tensor([float(stop)])))).tolist()
+        return Accumulated(loss, sigma, stops > 0)
+
+    def job_mean(self, values: Tensor) -> Tensor:
+        """Return the mean of ``values`` over the ranks that know a loss. Collective.
+
+        Tensor and context ranks repeat their data rank's numbers, so this is the mean over the batch.
+        """
+        if self.groups.dims.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.loss_ranks
+
+    def evaluate(self, batches: Sequence[tuple[Features, Noised]]) -> Tensor:
+        """Return the sum of the weighted losses of these micro-batches' samples, without gradients."""
+        return torch.stack([
+            noised.losses(predict(self.model, noised.x, noised.timestep, features)).sum() for features, noised in batches
+        ]).sum()
 
     def losses(self, batch: Features) -> tuple[Tensor, Tensor]:
         """Return (weighted loss [B], sigma [B]) of one micro-batch, with the graph attached to the loss."""
@@ -101,5 +117,9 @@ class TrainStep:
 
 def predict(model: nn.Module, x: Tensor, timestep: Tensor, batch: Features) -> Tensor:
     """Return the model's velocity for noisy latents ``x`` [B, C, f, h, w] under the batch's conditions."""
-    inputs = x if batch.condition is None else torch.cat((x, batch.condition.to(x.dtype)), dim=1)
-    return model(inputs, timestep, batch.text, batch.image_embeds)
+    return model(model_inputs(x, batch), timestep, batch.text, batch.image_embeds)
+
+
+def model_inputs(x: Tensor, batch: Features) -> Tensor:
+    """Return noisy latents with the channels of what is known behind them."""
+    return x if batch.condition is None else torch.cat((x, batch.condition.to(x.dtype)), dim=1)
