@@ -6,6 +6,7 @@ makes files that only their owner can read, which a group that shares a folder c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -50,7 +51,8 @@ def write_tensor_file(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         number = int(found[1])
         raise disk_error(OSError(number, os.strerror(number)), path) from None
     finally:
-        staging.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staging.unlink()
     fsync_folder(path.parent)
 
 

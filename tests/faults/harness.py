@@ -21,7 +21,9 @@ from typing import Any
 _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
             "megatron.core.parallel_state", "megatron.core.tensor_parallel", "mindspeed_wan.training.setup",
             "mindspeed_wan.training.pretrain", "mindspeed_wan.config.load", "mindspeed_wan.training.loop",
-            "mindspeed_wan.checkpoint.background", "tests.faults.victims"]
+            "mindspeed_wan.checkpoint.background", "mindspeed_wan.training.saving", "tests.faults.victims",
+            # what runs with online encoders would otherwise import one by one (several CPU seconds each)
+            "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5.modeling_umt5"]
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Tally:
     passed: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """Measured figures, for the results file."""
 
     @contextmanager
     def case(self, label: object) -> Iterator[None]:

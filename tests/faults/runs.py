@@ -1,14 +1,11 @@
-"""Whole training jobs under fire: kills, signals, lost and hung ranks, bad numbers, determinism, no network."""
+"""Whole training jobs under fire: kills, signals, bad numbers, determinism, no network. Ranks are forked."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +17,7 @@ from mindspeed_wan.checkpoint.manifest import TRACKER_NAME, verify_manifest
 from tests.faults import victims
 from tests.faults.harness import Tally, Victim, wait_until
 from tests.helpers.tiny import tiny_pipeline_folder
-from tests.helpers.world import REPOSITORY, World, checkpoint_tensors, make_world, metrics
+from tests.helpers.world import World, checkpoint_tensors, make_world, metrics
 
 FSDP2 = ["--use-torch-fsdp2"]
 
@@ -157,65 +154,6 @@ def signals(tally: Tally, count: int, folder: Path) -> None:
     for number in range(count):
         with tally.case(number):
             _signal_one(folder / str(number), random.Random(number))
-
-
-# ---- T11, T12: lost and hung ranks ---------------------------------------------------------------------------
-
-
-def launch(save: Path, *flags: str, ranks: int = 2, iters: int = 24,
-           launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start a job through the launcher."""
-    command = [sys.executable, "-m", "mindspeed_wan.cli.launch", "--nproc-per-node", str(ranks), *launcher,
-               str(REPOSITORY / "pretrain_sora.py"), *world().flags(save, *flags, iters=iters)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**environment, "OMP_NUM_THREADS": "1"}, text=True)
-
-
-def _children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(word) for word in path.read_text().split()]
-
-
-def killed_ranks(tally: Tally, count: int, folder: Path) -> None:
-    """T11: kill -9 one rank at random steps, up to three times a job; the launcher restarts it and it finishes."""
-    for number in range(-(-count // 3)):
-        kills, rng = min(3, count - 3 * number), random.Random(number)
-        save = folder / str(number)
-        job = launch(save, *FSDP2, "--save-interval", "2", launcher=("--max-restarts", "3"))
-        done = 0
-        try:
-            for kill in range(kills):
-                target = 7 * kill + rng.randrange(2, 7)
-                deadline = time.monotonic() + 240
-                while steps(save) < target:
-                    assert time.monotonic() < deadline and job.poll() is None, f"step {target} was not reached"
-                    time.sleep(0.02)
-                os.kill(rng.choice(_children(job.pid)), signal.SIGKILL)
-                time.sleep(1.0)
-                done += 1
-            output, _ = job.communicate(timeout=400)
-            assert job.returncode == 0 and output.count("; restart ") == kills, output[-800:]
-            assert saved(save) == 24 and [row["iteration"] for row in metrics(save)] == list(range(1, 25))
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            os.killpg(job.pid, signal.SIGKILL)
-            tally.add(0, kills, f"job {number}: {error}")
-        else:
-            tally.add(done, kills)
-
-
-def hung_ranks(tally: Tally, count: int, folder: Path) -> None:
-    """T12: a rank that is suspended or busy for ever is named, with stacks, and the job ends with 6 in time."""
-    from tests.launches.test_launch_gloo import run as run_hanging
-
-    cases = (("suspend", "suspended (SIGSTOP): rank 1"), ("busy", "still busy when the others gave up: rank 1"))
-    for number in range(count):
-        how, message = cases[number % 2]
-        with tally.case(f"{number} {how}"):
-            (folder / str(number)).mkdir()
-            result, seconds = run_hanging(folder / str(number), how)
-            assert result.returncode == 6 and message in result.stderr, result.stderr[-500:]
-            assert "all_reduce" in result.stderr and seconds < 90
 
 
 # ---- T13: bad numbers ----------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ ROWS: tuple[Row, ...] = (
     Row("T8", "reshard over all (TP, CP, FSDP2) pairs, world <= 4", "reshard", "reshard", 1, 100, "all"),
     Row("T9", "data order over DP 2 -> 1 -> 2: every sample once", "inputs", "data_order", 20, 100, "0 repeats"),
     Row("T10", "SIGTERM, SIGUSR1, twice, during saves: exit 75, bits", "runs", "signals", 0, 30, "30/30"),
-    Row("T11", "kill -9 one rank: restarted, finished", "runs", "killed_ranks", 0, 20, "20/20"),
-    Row("T12", "hung rank: named, stacks, exit 6", "runs", "hung_ranks", 0, 4, "all"),
+    Row("T11", "kill -9 one rank: restarted, finished", "ranks", "killed_ranks", 0, 20, "20/20"),
+    Row("T12", "hung rank, in training and in collectives: named, stacks, exit 6", "ranks", "hung_ranks", 0, 8, "all"),
     Row("T13", "NaN, Inf, spike on one rank: nothing moves, policy kept", "runs", "bad_numbers", 1, 12, "all"),
     Row("T14", "same seed, same bits: fp32, bf16, workers 0 and 2", "runs", "determinism", 0, 10, "10/10"),
     Row("T15", "odd and damaged media: one line each", "inputs", "bad_media", 12, 100, "60/60"),
@@ -120,6 +120,7 @@ def _note(path: Path, row: Row, tally: Tally) -> dict[str, Any]:
     results["properties"][row.name] = {
         "property": row.title, "run": tally.run, "passed": tally.passed, "figure": row.figure,
         "seconds": round(tally.seconds, 1), "date": time.strftime("%Y-%m-%d"), "problems": tally.problems[:20],
+        **({"measured": tally.notes} if tally.notes else {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
