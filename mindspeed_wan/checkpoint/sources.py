@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindspeed_wan.checkpoint.fp8_files import common_prefix, split_scales
 from mindspeed_wan.checkpoint.manifest import RELEASE, TRACKER_NAME, checkpoint_folder, read_tracker
 from mindspeed_wan.checkpoint.safe_load import (
     METADATA_NAME,
@@ -181,19 +182,29 @@ def open_dcp(folder: Path, *, prefix: str = "") -> TensorFiles:
 
 
 def _open_safetensors(path: Path, config: WanConfig) -> TensorFiles:
-    tables = list(_safetensors_tables(path))
-    layout = recognise_layout(name for table in tables for name in table.tensors)
+    stored = _stored_tensors(path)
+    kept, scales = split_scales(stored, path)
+    for name, scale in scales.items():
+        kept[name].scale = scale
+    layout = recognise_layout(kept)
     known = by_name(config, layout)
+    return TensorFiles({known[name].mm if name in known else name: tensor for name, tensor in kept.items()}, path)
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a file or folder by its own name, without the prefix that all carry."""
+    tables = list(_safetensors_tables(path))
+    prefix = common_prefix(name for table in tables for name in table.tensors)
     tensors: dict[str, StoredTensor] = {}
     for table in tables:
-        for name, entry in table.tensors.items():
-            mm = known[name].mm if name in known else name
-            if mm in tensors:
-                raise CheckpointError(f"tensor {name!r} is in two files", where=str(path),
+        for full_name, entry in table.tensors.items():
+            name = full_name.removeprefix(prefix)
+            if name in tensors:
+                raise CheckpointError(f"tensor {full_name!r} is in two files", where=str(path),
                                       fix="keep one set of shards in the folder")
             piece = Piece(table.path, entry.start, entry.code, (0,) * len(entry.shape), entry.shape)
-            tensors[mm] = StoredTensor(entry.shape, [piece])
-    return TensorFiles(tensors, path)
+            tensors[name] = StoredTensor(entry.shape, [piece])
+    return tensors
 
 
 def _safetensors_tables(path: Path) -> Iterable[SafeTensorsFile]:
@@ -237,10 +248,12 @@ def check_names_and_shapes(files: TensorFiles, wanted: Mapping[str, tuple[int, .
     if problems:
         raise CheckpointError("does not hold this model: " + "; ".join(problems), where=str(files.where),
                               fix="check that --mm-model describes these weights (layers, sizes, task)")
-    bad = [name for name in wanted if DTYPES[files.tensors[name].code][0] not in ("float32", "bfloat16", "float16")]
+    bad = [name for name in wanted if not files.tensors[name].is_fp8
+           and DTYPES[files.tensors[name].code][0] not in ("float32", "bfloat16", "float16")]
     if bad:
-        raise CheckpointError(f"tensor {bad[0]!r} is {files.tensors[bad[0]].code}, not a training precision",
-                              where=str(files.where), fix="convert quantised weights to bf16 or fp32 first")
+        raise CheckpointError(f"tensor {bad[0]!r} is {files.tensors[bad[0]].code}; weights are fp32, bf16, fp16 or fp8 "
+                              "(with or without scales)", where=str(files.where),
+                              fix="use the bf16 or fp8 release of these weights")
 
 
 def _check_task(files: TensorFiles, config: WanConfig) -> None:

@@ -21,6 +21,8 @@ from mindspeed_wan.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mindspeed_wan.models.quantization import QuantizedView
+
 Box = Sequence[slice]
 """One ``slice(start, stop)`` per dimension, in elements of the whole tensor."""
 
@@ -49,15 +51,24 @@ class Piece:
 
 @dataclass
 class StoredTensor:
-    """One tensor on disk: its whole shape and the pieces that cover it."""
+    """One tensor on disk: its whole shape and the pieces that cover it.
+
+    ``scale``: what the stored values are multiplied by, of published fp8 files: one number, or one per row.
+    """
 
     shape: tuple[int, ...]
     pieces: list[Piece] = field(default_factory=list)
+    scale: StoredTensor | None = None
 
     @property
     def code(self) -> str:
         """The dtype code (``F32``, ``BF16``, ...)."""
         return self.pieces[0].code
+
+    @property
+    def is_fp8(self) -> bool:
+        """Stored in 8 bits of floating point, with or without a scale."""
+        return self.code.startswith("F8_")
 
 
 class TensorFiles:
@@ -79,10 +90,35 @@ class TensorFiles:
         self._open.clear()
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        """Return the box of tensor ``name`` as a CPU tensor in its stored dtype (the whole tensor by default)."""
+        """Return the box of tensor ``name`` as a CPU tensor (the whole tensor by default).
+
+        Its dtype is the stored one; fp8 values come multiplied by their scale, in fp32.
+        """
+        stored = self.tensors[name]
+        values = self.read_raw(name, box)
+        if not stored.is_fp8:
+            return values
+        rows = box[0] if box else slice(0, stored.shape[0] if stored.shape else 1)
+        scales = self.read_scales(name, rows)
+        return values.float().mul_(scales.view(-1, *[1] * (values.ndim - 1)) if values.ndim else scales[0, 0])
+
+    def read_scales(self, name: str, rows: slice) -> Tensor:
+        """Return the fp32 scales ``[n, 1]`` of an fp8 tensor's rows; 1 where the file has none."""
         import torch
 
-        stored = self.tensors[name]
+        scale, count = self.tensors[name].scale, rows.stop - rows.start
+        if scale is None:
+            return torch.ones(count, 1)
+        values = self._assemble(scale, None, f"the scale of {name!r}").float().reshape(-1, 1)
+        return values.expand(count, 1).contiguous() if values.shape[0] == 1 else values[rows]
+
+    def read_raw(self, name: str, box: Box | None = None) -> Tensor:
+        """Return the box of tensor ``name`` as it is stored: fp8 values without their scale."""
+        return self._assemble(self.tensors[name], box, f"tensor {name!r}")
+
+    def _assemble(self, stored: StoredTensor, box: Box | None, what: str) -> Tensor:
+        import torch
+
         box = [slice(0, size) for size in stored.shape] if box is None else box
         out = torch.empty([s.stop - s.start for s in box], dtype=getattr(torch, DTYPES[stored.code][0]))
         filled = 0
@@ -95,7 +131,7 @@ class TensorFiles:
             out[target].copy_(block)
             filled += block.numel()
         if filled != out.numel():
-            raise CheckpointError(f"tensor {name!r} has only {filled} of {out.numel()} elements of a slice",
+            raise CheckpointError(f"{what} has only {filled} of {out.numel()} elements of a slice",
                                   where=str(self.where), fix="the checkpoint is incomplete; use another one")
         return out
 
@@ -178,12 +214,14 @@ def local_box(view: Tensor) -> tuple[slice, ...] | None:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
-def copy_into(files: TensorFiles, targets: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> None:
-    """Read every target's own box and copy it in place, cast to the target's dtype.
+def copy_into(
+    files: TensorFiles, targets: Mapping[str, Tensor | QuantizedView], names: Mapping[str, str] | None = None
+) -> None:
+    """Read every target's own box and copy it in place, cast to the target's dtype or quantised.
 
     Args:
         files: the checkpoint.
-        targets: name -> global view (DTensor over local storage, or a plain tensor); written in place.
+        targets: name -> global view (DTensor over local storage, or a plain tensor) or 8-bit weight; written in place.
         names: target name -> name in ``files`` where they differ.
     """
     import torch
@@ -191,8 +229,27 @@ def copy_into(files: TensorFiles, targets: Mapping[str, Tensor], names: Mapping[
 
     with torch.no_grad():
         for name, view in targets.items():
+            source = names[name] if names else name
+            if not isinstance(view, torch.Tensor):
+                fill_quantized(files, source, view)
+                continue
             box = local_box(view)
             if box is None:
                 continue
             shard = view.to_local() if isinstance(view, DTensor) else view
-            shard.copy_(files.read(names[name] if names else name, box))
+            shard.copy_(files.read(source, box))
+
+
+def fill_quantized(files: TensorFiles, name: str, view: QuantizedView) -> None:
+    """Read this rank's rows of tensor ``name`` and quantise them into ``view``.
+
+    What the file holds in fp8 already is taken over bit for bit when ``view`` is fp8 too.
+    """
+    box = local_box(view.codes)
+    if box is None:
+        return
+    rows = box[0]
+    if view.format == "fp8" and view.change is None and files.tensors[name].code == "F8_E4M3":
+        view.fill_encoded(files.read_raw(name, box), files.read_scales(name, rows))
+    else:
+        view.fill(files.read(name, (rows, slice(0, view.shape[1]))))

@@ -18,6 +18,8 @@ from mindspeed_wan.parallel.agreement import all_or_none, first_decides
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mindspeed_wan.models.quantization import QuantizedView
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -28,13 +30,14 @@ class LoadReport:
     seconds: float
 
 
-def load_model_weights(path: str | Path, views: Mapping[str, Tensor], config: WanConfig, *, expert: str | None = None,
-                       step: int | None = None, full_hash: bool = False) -> LoadReport:
+def load_model_weights(path: str | Path, views: Mapping[str, Tensor | QuantizedView], config: WanConfig, *,
+                       expert: str | None = None, step: int | None = None, full_hash: bool = False) -> LoadReport:
     """Load the weights at ``path`` into ``views``, in place, cast to the model's dtypes. Collective.
 
     Args:
         path: a Diffusers or original expert folder, a checkpoint root or folder (DCP or mp_rank), or a file.
-        views: MM parameter name -> global view of the local storage (``models.wan.views.global_views``).
+        views: MM parameter name -> global view of the local storage (``models.wan.views.global_views``), or a weight
+            to quantise (``models.quantization.weight_views``).
         config: the model's architecture; the weights must hold exactly its parameters.
         expert: the expert that is to be trained or run; weights known to be the other one are refused.
         step: iteration of a checkpoint root, instead of the one its tracker names.
@@ -57,7 +60,7 @@ def checked(found: Found, *, full_hash: bool = False) -> Found:
     return found
 
 
-def read_weights(found: Found, views: Mapping[str, Tensor], config: WanConfig) -> int:
+def read_weights(found: Found, views: Mapping[str, Tensor | QuantizedView], config: WanConfig) -> int:
     """Read this rank's slices of every parameter of ``config`` into ``views``; returns the bytes read. Not collective.
 
     ``views`` may hold further entries (adapters); they are left alone.

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from mindspeed_wan.lora.spec import LinearModule
 from mindspeed_wan.models.wan.layers import Layers
 from mindspeed_wan.parallel.layout import ParamLayout
-from mindspeed_wan.parallel.mappings import all_gather
+from mindspeed_wan.parallel.mappings import sum_parts
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
@@ -66,35 +66,6 @@ def _dropped(x: Tensor, setting: Setting) -> Tensor:
     return x * kept / (1.0 - setting.dropout)
 
 
-class _SumParts(torch.autograd.Function):
-    """Forward: sum over ranks. Backward: identity, because what follows is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    """Forward: ``[L, ...] -> [L/R, ...]``, this rank's tokens of the sum over ranks. Backward: all-gather."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        mine = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
-        dist.reduce_scatter_tensor(mine, x.contiguous(), group=group)
-        return mine
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group), None
-
-
 class LoraHook:
     """The adapters of one linear layer. Created by :func:`adapt`, found again by :func:`hook_of`."""
 
@@ -121,7 +92,7 @@ class LoraHook:
             x = _dropped(x, setting)
         hidden = F.linear(x, down)
         if self.info.tp_axis == 1 and self.group is not None:
-            hidden = (_ScatterSum if self.sequence_parallel else _SumParts).apply(hidden, self.group)
+            hidden = sum_parts(hidden, self.group, scatter=self.sequence_parallel)
         return F.linear(hidden * (setting.weight * setting.scale), up)
 
     def local_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -99,9 +99,10 @@ class _Job:
             raise CheckpointError(f"the base has no {unknown[0]}, which an adapter changes")
 
     def code(self, param: Param) -> str:
-        """Return the dtype code that ``param`` is written in."""
+        """Return the dtype code that ``param`` is written in; fp8 bases become bf16."""
         if self.dtype is None:
-            return self.files.tensors[param.mm].code
+            stored = self.files.tensors[param.mm]
+            return "BF16" if stored.is_fp8 else stored.code
         return TORCH_TO_CODE[str(self.dtype).removeprefix("torch.")]
 
     def write(self, folder: Path, shard_bytes: int, on_parameter: Callable[[str, int, int], None] | None) -> None:

@@ -106,3 +106,39 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
     dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
     return whole
+
+
+class _SumParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ScatterParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        mine = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
+        dist.reduce_scatter_tensor(mine, x.contiguous(), group=group)
+        return mine
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.group), None
+
+
+def sum_parts(x: Tensor, group: dist.ProcessGroup | None, *, scatter: bool = False) -> Tensor:
+    """Add up what layers that hold different input columns of a weight computed: the end of a tensor region.
+
+    Forward: sum over r of x_r on every rank, backward: identity, because what follows is the same on every rank. With
+    ``scatter`` (sequence parallelism) ``[L, ...] -> [L/R, ...]``, this rank's tokens of the sum; backward: all-gather.
+    """
+    if group is None:
+        return x
+    return _ScatterParts.apply(x, group) if scatter else _SumParts.apply(x, group)

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mindspeed_wan.models.quantization import QuantizedView, weight_views
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.layers import Layers, LocalLayers, MegatronLayers
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.parallelize import parallelize
-from mindspeed_wan.models.wan.views import global_views, local_slices
+from mindspeed_wan.models.wan.views import local_slices
 from mindspeed_wan.parallel.attention import make_attention
 from mindspeed_wan.parallel.fsdp2 import Fsdp2Config
 from mindspeed_wan.parallel.groups import ParallelGroups
@@ -95,7 +96,12 @@ def init_weights(model: WanDiT, seed: int, groups: ParallelGroups | None = None)
     As in Wan's ``init_weights``: linears Xavier-uniform, text and time embedding normal(0.02), modulation
     normal(1/sqrt(D)), norms 1, biases 0, output projection 0 (an untrained model predicts zero).
     """
-    for name, view in global_views(model, groups).items():
+    for name, view in weight_views(model, groups).items():
+        if isinstance(view, QuantizedView):
+            rows = torch.empty(view.rows.stop - view.rows.start, view.shape[1])
+            _init_shard(rows, name, tuple(view.shape), (view.rows, slice(0, view.shape[1])), seed)
+            view.fill(rows)
+            continue
         local, index = local_slices(view)
         if local.numel():
             _init_shard(local, name, tuple(view.shape), index, seed)
