@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mindspeed_wan.diffusion.schedule import SigmaSchedule
-    from mindspeed_wan.inference.step_cache import CachePlan, Recorder, StepCache
+    from mindspeed_wan.inference.calibration import Recorder
+    from mindspeed_wan.inference.step_cache import CachePlan, StepCache
     from mindspeed_wan.models.wan.model import WanDiT
 
 METHODS = ("none", "teacache", "magcache", "taylorseer")
@@ -27,9 +28,9 @@ class CacheOptions:
         retention: MagCache's share of each expert's first steps that always compute.
         interval: TaylorSeer computes every so many steps.
         order: TaylorSeer's order of extrapolation.
-        table: MagCache table written by ``calibrate``.
+        table: what ``calibrate`` wrote: MagCache's ratios and TeaCache's polynomials.
         coefficients: TeaCache polynomial, highest power first: one set, or one for each expert (high, then low).
-        calibrate: measure a MagCache table during this run and write it here; nothing is skipped.
+        calibrate: measure such a table during this run and write it here; nothing is skipped.
     """
 
     method: str = "none"
@@ -65,9 +66,13 @@ class CacheOptions:
         if self.method == "magcache" and task and self.table is None and task not in MAGNITUDES:
             found.append(f"no MagCache table is published for {task} (there is one for {', '.join(MAGNITUDES)}); "
                          "measure one with --calibrate_cache TABLE.json, then give --cache_table")
-        if self.method == "teacache" and task and not self.coefficients and task not in POLYNOMIALS:
+        if self.coefficients and self.table is not None and self.method == "teacache":
+            found.append("--cache_coefficients and --cache_table both give TeaCache's polynomials; drop one")
+        given = self.coefficients or self.table is not None
+        if self.method == "teacache" and task and not given and task not in POLYNOMIALS:
             found.append(f"no TeaCache polynomial is published for {task} (there is one for {', '.join(POLYNOMIALS)}); "
-                         "give --cache_coefficients a,b,c,d,e, or use --step_cache magcache")
+                         "measure one with --calibrate_cache TABLE.json and give --cache_table, or give "
+                         "--cache_coefficients a,b,c,d,e")
         return found
 
     def build(self, task: str, schedule: SigmaSchedule, *, shift: float, boundary: float | None, grid: str,
@@ -77,10 +82,11 @@ class CacheOptions:
         Raises:
             ConfigError: a table of another shift, boundary or number of experts.
         """
-        from mindspeed_wan.inference.step_cache import Recorder, StepCache, expert_spans, taylorseer_plan
+        from mindspeed_wan.inference.calibration import Recorder
+        from mindspeed_wan.inference.step_cache import StepCache, expert_spans, taylorseer_plan
 
         if self.calibrate is not None:
-            return Recorder()
+            return Recorder(schedule)
         if self.method == "none":
             return None
         spans = expert_spans(schedule, boundary)
@@ -96,7 +102,8 @@ class CacheOptions:
         from mindspeed_wan.diffusion.schedule import sigmas
         from mindspeed_wan.errors import ConfigError
         from mindspeed_wan.inference.cache_tables import MAGNITUDES
-        from mindspeed_wan.inference.step_cache import magcache_plan, ratios_for, read_table
+        from mindspeed_wan.inference.calibration import read_table
+        from mindspeed_wan.inference.step_cache import magcache_plan, ratios_for
 
         table = read_table(self.table) if self.table else MAGNITUDES[task]
         if table.shift != shift:
@@ -113,7 +120,7 @@ class CacheOptions:
         from mindspeed_wan.inference.cache_tables import POLYNOMIALS
         from mindspeed_wan.inference.step_cache import CachePlan, StepCache, modulation_changes, teacache_plan
 
-        sets = self.coefficients or (POLYNOMIALS[task],)
+        sets = self.coefficients or self._measured_polynomials(len(spans)) or (POLYNOMIALS[task],)
         compute = [True] * schedule.num_steps
 
         def replan(first: int, model: WanDiT) -> CachePlan:
@@ -127,6 +134,18 @@ class CacheOptions:
             return CachePlan("teacache", tuple(compute))
 
         return StepCache(CachePlan("teacache", tuple(compute)), replan)
+
+    def _measured_polynomials(self, experts: int) -> tuple[tuple[float, ...], ...]:
+        from mindspeed_wan.errors import ConfigError
+        from mindspeed_wan.inference.calibration import read_table
+
+        if self.table is None:
+            return ()
+        measured = read_table(self.table).polynomials
+        if len(measured) != experts:
+            raise ConfigError(f"holds TeaCache polynomials of {len(measured)} experts, this run uses {experts}",
+                              where=str(self.table), fix="calibrate with more steps, at least 3 for each expert")
+        return measured
 
     def _threshold(self) -> float:
         return self.threshold if self.threshold is not None else _DEFAULT_THRESHOLD[self.method]

@@ -16,12 +16,16 @@ from math import nan
 
 @dataclass(frozen=True)
 class MagnitudeTable:
-    """Residual ratios of one schedule: ``ratios[i]`` belongs to step i of ``num_steps`` at flow shift ``shift``."""
+    """Residual ratios of one schedule: ``ratios[i]`` belongs to step i of ``num_steps`` at flow shift ``shift``.
+
+    ``polynomials`` are TeaCache's, one for each expert in order of use, where the same run measured them.
+    """
 
     num_steps: int
     shift: float
     boundary: float | None
     ratios: tuple[float, ...]
+    polynomials: tuple[tuple[float, ...], ...] = ()
 
 
 _T2V_HIGH = (

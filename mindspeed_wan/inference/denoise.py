@@ -19,10 +19,11 @@ from mindspeed_wan.diffusion.randomness import normal
 from mindspeed_wan.diffusion.sampler import sample
 from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.diffusion.solvers import Solver, SolverState
+from mindspeed_wan.inference.calibration import Recorder
 from mindspeed_wan.inference.experts import Experts
 from mindspeed_wan.inference.guidance_options import GuidanceOptions, GuidancePlan
 from mindspeed_wan.inference.runtime import Runtime
-from mindspeed_wan.inference.step_cache import Recorder, StepCache
+from mindspeed_wan.inference.step_cache import StepCache
 from mindspeed_wan.models.wan.model import TextContext
 
 NOISE_STREAM = "inference/noise"

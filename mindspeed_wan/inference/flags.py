@@ -105,9 +105,9 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("cache_retention", "cache_retention", float, "magcache: share of each expert's first steps that compute"),
         Flag("cache_interval", "cache_interval", int, "taylorseer: compute every so many steps"),
         Flag("cache_order", "cache_order", int, "taylorseer: order of the extrapolation"),
-        Flag("cache_table", "cache_table", Path, "magcache: a table that --calibrate_cache wrote"),
+        Flag("cache_table", "cache_table", Path, "magcache, teacache: what --calibrate_cache wrote"),
         Flag("cache_coefficients", "cache_coefficients", parse_coefficients, "teacache: a,b,c,d,e, or HIGH/LOW"),
-        Flag("calibrate_cache", "cache_calibrate", Path, "write here the magcache table of this (uncached) run"),
+        Flag("calibrate_cache", "cache_calibrate", Path, "measure this uncached run for both, write it here"),
     ),
     "ranks": (
         Flag("cfg_size", "cfg", int, "2 runs both guidance branches at the same time"),

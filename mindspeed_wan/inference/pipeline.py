@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from mindspeed_wan.diffusion.solvers import make_solver
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference import memory, video_io
 from mindspeed_wan.inference.adapters import ExpertAdapters, read_adapters
+from mindspeed_wan.inference.calibration import Recorder, write_table
 from mindspeed_wan.inference.compiler import check_compiler
 from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
 from mindspeed_wan.inference.experts import Experts, open_experts
@@ -31,10 +32,12 @@ from mindspeed_wan.inference.options import GenerateOptions, VideoJob
 from mindspeed_wan.inference.prompts import PromptEncoder
 from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
 from mindspeed_wan.inference.sources import ModelFolder, recognise
-from mindspeed_wan.inference.step_cache import Recorder, StepCache, write_table
+from mindspeed_wan.inference.step_cache import StepCache
 from mindspeed_wan.inference.vae_parallel import ParallelVAE
 from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape
 from mindspeed_wan.platforms import get_platform
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ class WanGenerator:
         self.plan: memory.MemoryPlan | None = None
         self.images = ImageConditions(folder, runtime, self.vae)
         self._experts: Experts | None = None
+        self._recorder: Recorder | None = None
         self._vae: WanVAE | None = None
 
     @classmethod
@@ -177,16 +181,14 @@ class WanGenerator:
             experts = self.experts(latent)
         low, high = options.guidance
         schedule = self.schedule(options)
-        assert options.task is not None and options.shift is not None
-        cache = options.cache.build(options.task, schedule, shift=options.shift, boundary=options.boundary,
-                                    grid=options.grid, solver=options.solver)
+        cache = self._cache(options, schedule)
         denoiser = Denoiser(
             experts, self.runtime, schedule, make_solver(options.solver), scales={"high": high, "low": low},
             boundary=options.boundary, cache=cache, guidance_plan=self.guidance_plan(options),
         )
         noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
         latents, times = denoiser.run(noise, conditions, on_progress)
-        self._report_cache(cache, schedule, options)
+        self._report_cache(cache, options)
         video = None
         if decode:
             with watch.stage("decode"):
@@ -196,16 +198,26 @@ class WanGenerator:
             steps=times.seconds, settings=settings, evaluations=times.evaluations,
         )
 
-    def _report_cache(self, cache: StepCache | Recorder | None, schedule: SigmaSchedule, options: GenerateOptions
-                      ) -> None:
-        """Say what a step cache did; write the table that a calibration measured."""
-        if cache is None or self.runtime.rank != 0:
-            return
+    def _cache(self, options: GenerateOptions, schedule: SigmaSchedule) -> StepCache | Recorder | None:
+        """Return what follows or measures the steps; one recorder for all videos of a calibration."""
+        if options.cache.calibrate is not None and self._recorder is not None and self._recorder.schedule == schedule:
+            return self._recorder
+        assert options.task is not None and options.shift is not None
+        cache = options.cache.build(options.task, schedule, shift=options.shift, boundary=options.boundary,
+                                    grid=options.grid, solver=options.solver)
+        self._recorder = cache if isinstance(cache, Recorder) else None
+        return cache
+
+    def _report_cache(self, cache: StepCache | Recorder | None, options: GenerateOptions) -> None:
+        """Say what a step cache did; write the table that a calibration measured. Collective over the replica."""
         if isinstance(cache, Recorder):
             assert options.cache.calibrate is not None and options.shift is not None
-            write_table(cache.table(schedule, shift=options.shift, boundary=options.boundary), options.cache.calibrate)
-            print(f"wrote the MagCache table {options.cache.calibrate}", flush=True)
-        else:
+            samples = _gathered(cache.samples(), self.runtime)
+            if self.runtime.rank == 0:
+                table = cache.table(shift=options.shift, boundary=options.boundary, samples=samples)
+                write_table(table, options.cache.calibrate)
+                print(f"wrote the step-cache table {options.cache.calibrate}", flush=True)
+        elif cache is not None and self.runtime.rank == 0:
             print(f"{cache.plan.describe()}, block speed-up {cache.plan.ideal_speedup:.2f}", flush=True)
 
     @staticmethod
@@ -307,12 +319,15 @@ def _all_seconds(watch: Stopwatch, times: StepTimes) -> dict[str, float]:
 
 
 def _smallest(value: float, runtime: Runtime) -> float:
+    return min(_gathered(value, runtime))
+
+
+def _gathered(value: T, runtime: Runtime) -> list[T]:
+    """Return the value of every rank of the replica. Collective."""
     if runtime.replica_group is None:
-        return value
+        return [value]
     import torch.distributed as dist
 
-    values: list[float] = [0.0] * runtime.layout.replica_size
+    values: list[Any] = [None] * runtime.layout.replica_size
     dist.all_gather_object(values, value, group=runtime.replica_group)
-    return min(values)
-
-
+    return values

@@ -11,11 +11,9 @@ and extrapolates in between.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -90,7 +88,7 @@ def teacache_plan(
             if step == span.start or step < num_forced_start or step >= last - num_forced_end:
                 accumulated = 0.0
                 continue
-            accumulated += _polynomial(polynomial, changes[step])
+            accumulated += polynomial_at(polynomial, changes[step])
             compute[step] = accumulated >= threshold
             if compute[step]:
                 accumulated = 0.0
@@ -261,75 +259,8 @@ class StepCache:
         return total
 
 
-# ---- calibration ---------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Measures residual ratios during an ordinary run: the table that ``magcache_plan`` reads.
-
-    Use like a ``StepCache``; nothing is skipped. Norms are per token, averaged over tokens and branches.
-    """
-
-    computed = True
-
-    def __init__(self) -> None:
-        self._step, self._expert = 0, ""
-        self._norms: dict[str, Tensor] = {}
-        self.ratios: dict[int, list[float]] = {}
-
-    def begin(self, step: int, expert: str, model: WanDiT) -> None:
-        """Tell which step comes (``model`` is not looked at)."""
-        if expert != self._expert or step == 0:
-            self._norms.clear()
-        self._step, self._expert = step, expert
-
-    def around(self, branch: str) -> Callable[[Tensor, RunBlocks], Tensor]:
-        """Return what runs around the blocks of this step: them, and a measurement."""
-
-        def blocks(x: Tensor, run: RunBlocks) -> Tensor:
-            out = run(x)
-            norm = (out - x).float().norm(dim=-1)
-            if branch in self._norms:
-                ratio = (norm / self._norms[branch].clamp_min(1e-12)).mean()
-                self.ratios.setdefault(self._step, []).append(float(ratio))
-            self._norms[branch] = norm
-            return out
-
-        return blocks
-
-    def table(self, schedule: SigmaSchedule, *, shift: float, boundary: float | None) -> MagnitudeTable:
-        """Return the measured table; steps without a predecessor in their expert have 1 (the first) or nan."""
-        means = [sum(v) / len(v) if (v := self.ratios.get(i)) else math.nan for i in range(schedule.num_steps)]
-        return MagnitudeTable(schedule.num_steps, shift, boundary, (1.0, *means[1:]))
-
-
-def write_table(table: MagnitudeTable, path: Path) -> None:
-    """Write a calibrated table as JSON (nan becomes null)."""
-    values = {"num_steps": table.num_steps, "shift": table.shift, "boundary": table.boundary,
-              "ratios": [None if math.isnan(r) else r for r in table.ratios]}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_table(path: Path) -> MagnitudeTable:
-    """Read what ``write_table`` wrote.
-
-    Raises:
-        ConfigError: the file is missing or is not such a table.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        ratios = tuple(math.nan if r is None else float(r) for r in values["ratios"])
-        table = MagnitudeTable(int(values["num_steps"]), float(values["shift"]), values["boundary"], ratios)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"is not a MagCache table: {error}", where=str(path)) from None
-    if len(ratios) != table.num_steps:
-        raise ConfigError(f"has {len(ratios)} ratios for {table.num_steps} steps", where=str(path))
-    return table
-
-
-def _polynomial(coefficients: Sequence[float], x: float) -> float:
+def polynomial_at(coefficients: Sequence[float], x: float) -> float:
+    """Return the polynomial's value, highest power first."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mindspeed_wan.diffusion.schedule import SigmaSchedule, sigmas
 from mindspeed_wan.errors import ConfigError
-from mindspeed_wan.inference import step_cache
+from mindspeed_wan.inference import calibration, step_cache
 from mindspeed_wan.inference.cache_tables import MAGNITUDES, POLYNOMIALS
 
 T2V = sigmas(40, 12.0, "official", "unipc")
@@ -116,11 +117,11 @@ def test_no_plan_crosses_the_switch(steps, shift, boundary, interval, threshold)
         assert len(plan.compute) == steps and all(plan.compute[span.start] for span in spans)
 
 
-def _drive(cache, functions, plan_steps: int, switch: int) -> list[torch.Tensor]:
+def _drive(cache, functions, plan_steps: int, switch: int, model=None) -> list[torch.Tensor]:
     """Run the cache over steps of a model whose residual at step i is ``functions(i)``."""
     outputs = []
     for step in range(plan_steps):
-        cache.begin(step, "high" if step < switch else "low", None)
+        cache.begin(step, "high" if step < switch else "low", model)
         x = torch.full((2, 1, 3), float(step))
         outputs.append(cache.around("cond")(x, lambda y, step=step: y + functions(step)) - x)
     return outputs
@@ -163,18 +164,50 @@ def test_branches_do_not_share_their_memory() -> None:
     assert float(cache.around("cond")(x, lambda y: y + 5)) == 5
 
 
-def test_recorder_measures_the_ratio_and_its_file_comes_back(tmp_path: Path) -> None:
-    schedule = sigmas(6, 5.0, "official", "unipc")
+def _model(modulation) -> SimpleNamespace:
+    """What a recorder asks of a model: the time modulation."""
+    return SimpleNamespace(patch_embedding=SimpleNamespace(weight=torch.zeros(1)), time_modulation=modulation)
+
+
+def test_recorder_measures_ratio_and_polynomial_and_its_file_comes_back(tmp_path: Path) -> None:
+    schedule = sigmas(12, 5.0, "official", "unipc")
     spans = step_cache.expert_spans(schedule, 0.875)
-    recorder = step_cache.Recorder()
     switch = spans[1].start
-    _drive(recorder, lambda i: torch.full((2, 1, 3), 0.9**i), 6, switch=switch)
-    table = recorder.table(schedule, shift=5.0, boundary=0.875)
-    for step in range(1, 6):
-        assert math.isnan(table.ratios[step]) if step == switch else table.ratios[step] == pytest.approx(0.9)
-    step_cache.write_table(table, tmp_path / "t.json")
-    again = step_cache.read_table(tmp_path / "t.json")
+    recorder = calibration.Recorder(schedule)
+    model = _model(lambda t: torch.full((1, 6, 2), 1.0) * t.square())
+    _drive(recorder, lambda i: torch.full((2, 1, 3), 0.9**i), 12, switch=switch, model=model)
+    table = recorder.table(shift=5.0, boundary=0.875)
+    for step in range(1, 12):
+        assert math.isnan(table.ratios[step]) if step == switch else table.ratios[step] == pytest.approx(0.9, rel=1e-4)
+    changes = step_cache.modulation_changes([model.time_modulation(schedule.timestep(i)) for i in range(12)], spans)
+    for span, polynomial in zip(spans, table.polynomials, strict=True):
+        for step in span[1:]:  # the residual shrinks by 0.1 of itself at every step, whatever the embedding does
+            assert step_cache.polynomial_at(polynomial, changes[step]) == pytest.approx(0.1, abs=1e-3)
+    calibration.write_table(table, tmp_path / "t.json")
+    again = calibration.read_table(tmp_path / "t.json")
     assert again.ratios[:switch] == table.ratios[:switch] and math.isnan(again.ratios[switch])
+    assert again.polynomials == table.polynomials
     (tmp_path / "t.json").write_text('{"num_steps": 3}')
     with pytest.raises(ConfigError, match="not a MagCache table"):
-        step_cache.read_table(tmp_path / "t.json")
+        calibration.read_table(tmp_path / "t.json")
+
+
+def test_ranks_and_videos_are_averaged() -> None:
+    schedule = sigmas(3, 5.0, "official", "unipc")
+    one, other = calibration.Recorder(schedule), calibration.Recorder(schedule)
+    model = _model(lambda t: t.view(1, 1, 1))
+    for recorder, factors in ((one, (0.9, 0.7)), (other, (0.5,))):
+        for factor in factors:  # one video each
+            _drive(recorder, lambda i, factor=factor: torch.full((2, 1, 3), factor**i), 3, switch=3, model=model)
+    assert one.table(shift=5.0, boundary=None).ratios[1] == pytest.approx(0.8)
+    both = one.table(shift=5.0, boundary=None, samples=[one.samples(), other.samples()])
+    assert both.ratios[1:] == pytest.approx((0.7, 0.7))
+
+
+def test_a_fit_follows_the_points_and_needs_some() -> None:
+    xs = [0.01 * i for i in range(1, 13)]
+    fitted = calibration.fit_polynomial(xs, [3 * x * x + 0.5 for x in xs])
+    assert len(fitted) == 5 and step_cache.polynomial_at(fitted, 0.055) == pytest.approx(3 * 0.055**2 + 0.5)
+    assert len(calibration.fit_polynomial(xs[:4], xs[:4])) == 2
+    assert calibration.fit_polynomial(xs[:2], [1.0, 3.0]) == pytest.approx((2.0,))
+    assert calibration.fit_polynomial(xs[:1], [1.0]) == ()

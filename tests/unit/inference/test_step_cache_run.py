@@ -44,6 +44,8 @@ def test_calibrated_table_is_used(generator: WanGenerator, tmp_path: Path) -> No
     torch.testing.assert_close(exact, generator(**ASK).latents, rtol=0, atol=0)
     cached = generator(**ASK, cache=CacheOptions(method="magcache", table=table, threshold=0.5, retention=0.1)).latents
     assert 0 < _error(cached, exact) < 1
+    teacache = CacheOptions(method="teacache", table=table, threshold=9.0)
+    assert 0 < _error(generator(**ASK, cache=teacache).latents, exact) < 1
     with pytest.raises(ConfigError, match="measured at shift 12, this run uses 5"):
         generator(**ASK, shift=5.0, cache=CacheOptions(method="magcache", table=table))
 
@@ -59,6 +61,25 @@ def test_calibrated_table_is_used(generator: WanGenerator, tmp_path: Path) -> No
 def test_settings_that_cannot_be_are_explained(generator: WanGenerator, cache: CacheOptions, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generator(**ASK, cache=cache)
+
+
+def test_calibration_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mindspeed_wan.inference.calibration import read_table
+    from mindspeed_wan.inference.generate import main
+
+    table = tmp_path / "table.json"
+    words = ["--ckpt_dir", str(tiny_pipeline_folder()), "--size", "48*32", "--frame_num", "5", "--device", "cpu",
+             "--dtype", "fp32", "--sample_steps", "12", "--contact_sheet", "false"]
+    words = [*words, "--prompt", "a"]
+    assert main([*words, "b", "--save_path", str(tmp_path / "c"), "--calibrate_cache", str(table)]) == 0
+    both = read_table(table)
+    assert len(both.ratios) == 12 and len(both.polynomials) == 2
+    assert main([*words, "--save_path", str(tmp_path / "d"), "--calibrate_cache", str(table)]) == 0
+    assert read_table(table).ratios[1] != both.ratios[1]  # two prompts were averaged
+    for method in ("magcache", "teacache"):
+        words_of = ["--step_cache", method, "--cache_table", str(table), "--cache_threshold", "9"]
+        assert main([*words, *words_of, "--save_path", str(tmp_path / method)]) == 0
+        assert f"{method}: 0 of" not in capsys.readouterr().out
 
 
 def test_flags_reach_the_cache(tmp_path: Path) -> None:
