@@ -2,8 +2,8 @@
 
 Takes torchrun's options and sets its variables, so any torchrun script runs under it. What it does differently: the
 exit code is that of the rank that failed first; a failure is printed once, without the launcher's own traceback; a
-wrong flag is found before any rank starts; signals reach the ranks and leave them time to save; a restart gets a
-fresh port; a rank that fell silent is named. It imports no torch, so it starts at once and costs 15 MB a node.
+wrong flag or file is found before any rank starts; signals reach the ranks and leave them time to save; a restart gets
+a fresh port; a rank that fell silent is named. It imports no torch, so it starts at once and costs 15 MB a node.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import FrameType
 
 from mindspeed_wan.cli.nodes import Follower, Leader, SingleNode
 from mindspeed_wan.cli.output import Output
+from mindspeed_wan.cli.preflight import check as check_job
 from mindspeed_wan.cli.ranks import Job, LocalRanks, Outcome
 from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_OK, ConfigError, WanError, run_main
 from mindspeed_wan.platforms.cann import keep_torch_importable
@@ -30,7 +31,6 @@ POLL_SECONDS = 0.05
 RESTART_SECONDS = 1.0
 DEFAULT_PORT = 29500
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_USE_AGENT_STORE")
-PREFLIGHT_SCRIPT = "pretrain_sora.py"
 
 Nodes = SingleNode | Leader | Follower
 
@@ -119,23 +119,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def preflight(args: argparse.Namespace) -> tuple[str, ...]:
-    """Check the script's flags before any rank starts; return the arguments the ranks get.
+    """Check the job before any rank starts; return the arguments the ranks get.
 
     A dry run needs one rank, which is told the size of the job it checks.
     """
     arguments = tuple(args.arguments)
-    if Path(args.script).name != PREFLIGHT_SCRIPT:
-        return arguments
-    from mindspeed_wan.config import flags
-
     world_size = args.nproc_per_node * args.nnodes
-    lines = [list(arguments)]
-    if any(word in ("both", "--expert=both") for word in arguments):
-        from mindspeed_wan.training.both import split
-
-        lines = split(arguments)
-    configs = [flags.parse(line, {**os.environ, "WORLD_SIZE": str(world_size)}) for line in lines]
-    if configs[0].training.dry_run and world_size > 1:
+    if check_job(args.script, arguments, world_size) and world_size > 1:
         args.nproc_per_node = args.nnodes = 1
         args.node_rank = 0
         if not any(word.partition("=")[0] == "--world-size" for word in arguments):
