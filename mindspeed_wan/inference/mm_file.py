@@ -6,6 +6,7 @@ does not do are refused with the reason, keys that cannot change anything say so
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from mindspeed_wan.config.mm_files import AeFile, DTypeName, PredictorFile, Text
 from mindspeed_wan.config.validate import validate
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.options import read_lines
+from mindspeed_wan.platforms import DEVICE_VARIABLE
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _LATENT = 8
@@ -211,7 +213,7 @@ def _translate(file: InferenceFile, document: Document) -> dict[str, Any]:
         "negative_prompt": file.negative_prompt,
         "boundary": file.boundary_ratio,
         "base_seed": file.seed,
-        "device": file.device,
+        "device": None if os.environ.get(DEVICE_VARIABLE) else file.device,
         "vae": _path(file.ae.from_pretrained),
         "text_encoder": _path(file.text_encoder.from_pretrained),
         "tokenizer": _path(file.tokenizer.from_pretrained),

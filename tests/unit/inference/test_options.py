@@ -194,3 +194,12 @@ def test_image_lists_of_another_length(tmp_path):
 def test_ti2v_is_out_of_scope():
     with pytest.raises(ConfigError, match="TI2V-5B is out of scope"):
         parse(["--task", "ti2v-5B", "--ckpt_dir", "w", "--prompt", "x"], world_size=1)
+
+
+def test_the_environment_names_the_device_before_the_file_does(tmp_path, monkeypatch):
+    path = tmp_path / "inference_model.json"
+    path.write_text('{"device": "npu", "prompt": "a fox", "save_path": "out"}')
+    monkeypatch.delenv("MINDSPEED_WAN_DEVICE", raising=False)
+    assert parse(["--mm-model", str(path), "--load", "x"], world_size=1).device == "npu"
+    monkeypatch.setenv("MINDSPEED_WAN_DEVICE", "cpu")
+    assert parse(["--mm-model", str(path), "--load", "x"], world_size=1).device is None
