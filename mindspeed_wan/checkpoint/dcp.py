@@ -52,6 +52,9 @@ class OptimizerState(Protocol):
     def masters_to_parameters(self) -> None:
         """Round the masters into the parameters."""
 
+    def take_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what was written into the tensors of ``moments()``, which may be copies."""
+
 
 @dataclass
 class Progress:
@@ -80,14 +83,16 @@ def view_like(view: Tensor, shard: Tensor) -> Tensor:
     """Return ``shard``, shaped like the local part of ``view``, as a global tensor laid out like ``view``; no copy."""
     from torch.distributed.tensor import DTensor
 
+    from mindspeed_wan.parallel.dtensor import piece_of
+
     if not isinstance(view, DTensor):
         return shard
-    return DTensor.from_local(shard, view.device_mesh, view.placements, run_check=False, shape=view.shape,
-                              stride=view.stride())
+    return piece_of(shard, view.device_mesh, view.placements, shape=view.shape, stride=view.stride())
 
 
 def state_views(views: Mapping[str, Tensor], optimizer: OptimizerState, *, with_moments: bool = True,
-                ema: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+                ema: Mapping[str, Tensor] | None = None,
+                moments: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
     """Return checkpoint key -> global view of the live tensor: weights (masters where trained), moments, EMA.
 
     Args:
@@ -95,13 +100,14 @@ def state_views(views: Mapping[str, Tensor], optimizer: OptimizerState, *, with_
         optimizer: the optimizer over some or all of those parameters.
         with_moments: include the optimizer's moments.
         ema: name -> local average.
+        moments: what ``optimizer.moments()`` returned, where the caller needs them too.
     """
     masters = optimizer.masters()
     state = {f"model.{n}": view_like(v, masters[n]) if n in masters else v for n, v in views.items()}
     if with_moments:
-        for name, moments in optimizer.moments().items():
+        for name, kinds in (optimizer.moments() if moments is None else moments).items():
             state.update({f"optimizer.state.{name}.{kind}": view_like(views[name], shard)
-                          for kind, shard in moments.items()})
+                          for kind, shard in kinds.items()})
     for name, average in (ema or {}).items():
         state[f"ema.{name}"] = view_like(views[name], average)
     return state
@@ -312,9 +318,12 @@ def load(found: Found, views: Mapping[str, Tensor], optimizer: OptimizerState, *
     """
     check_expert(found, expert)
     progress = first_decides(lambda: read_progress(found.path))
-    state = state_views(views, optimizer, with_moments=with_moments, ema=ema)
+    moments = optimizer.moments() if with_moments else {}
+    state = state_views(views, optimizer, with_moments=with_moments, ema=ema, moments=moments)
     all_or_none(lambda: _read_state(found.path, state))
     optimizer.masters_to_parameters()
+    if with_moments:
+        optimizer.take_moments(moments)
     optimizer.steps = progress.optimizer_steps if with_moments else 0
     barrier()
     return progress

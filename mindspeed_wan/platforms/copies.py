@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 class Copy:
-    """A copy under way; keeps its source alive until it is waited for."""
+    """A copy under way; keeps its source alive as long as it is kept itself."""
 
     def __init__(self, target: Tensor, source: Tensor, stream: CopyStream) -> None:
-        self._target, self._source, self._stream = target, source, stream
+        self.target, self._source, self._stream = target, source, stream
         self._done = stream.run(target, source)
 
     def wait(self) -> Tensor:
         """Make the compute stream wait for the copy; return the target. Does not stop the host."""
         self._stream.wait(self._done)
-        return self._target
+        return self.target
 
 
 class CopyStream:

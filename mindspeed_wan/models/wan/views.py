@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mindspeed_wan.parallel.dtensor import piece_of
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.parallel.layout import ParamLayout
 
@@ -43,9 +44,7 @@ def global_view(tensor: Tensor, layout: ParamLayout, groups: ParallelGroups | No
     if layout.tp_axis is not None:
         shape[layout.tp_axis] *= groups.dims.tensor
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, groups.mesh, (outer, *inner), run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return piece_of(local, groups.mesh, (outer, *inner), shape=shape, stride=stride)
 
 
 def local_view(tensor: Tensor, like: Tensor) -> Tensor:
@@ -54,9 +53,7 @@ def local_view(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     if not isinstance(like, DTensor):
         return tensor.to_local()
-    return DTensor.from_local(
-        tensor.to_local(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return piece_of(tensor.to_local(), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def local_slices(view: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

@@ -49,8 +49,8 @@ def test_masters_keep_updates_that_bf16_would_lose() -> None:
         for p in net.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step(1e-5, 0.0)
-    master = optimizer.state["0.weight"].master
-    assert master is not None
+    master = optimizer.masters()["0.weight"]
+    assert master is not net[0].weight and master.dtype == torch.float32
     torch.testing.assert_close(master, torch.full_like(master, 1.0 - 1e-3), rtol=1e-5, atol=0)
     assert net[0].weight.dtype == torch.bfloat16
     torch.testing.assert_close(net[0].weight, master.bfloat16(), rtol=0, atol=0)
@@ -59,7 +59,7 @@ def test_masters_keep_updates_that_bf16_would_lose() -> None:
 def test_fp32_parameters_are_their_own_masters() -> None:
     net = model()
     optimizer = AdamW(net.named_parameters())
-    assert all(state.master is None for state in optimizer.state.values())
+    assert optimizer.states.masters() == {}
     assert optimizer.masters()["0.weight"].data_ptr() == net[0].weight.data_ptr()
 
 
@@ -70,7 +70,7 @@ def test_frozen_parameters_have_no_state_and_stay() -> None:
     optimizer = AdamW(net.named_parameters())
     give_gradients(net, 0)
     optimizer.step(1.0, 0.1)
-    assert "0.weight" not in optimizer.state
+    assert "0.weight" not in optimizer.moments()
     assert torch.equal(net[0].weight, before)
 
 
