@@ -48,6 +48,31 @@ class Features:
     image_embeds: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SampleFeatures:
+    """One encoded sample: ``latents`` [16, f, h, w], unpadded ``text`` [L, text_dim], and where the model wants them
+    ``condition`` [20, f, h, w] and ``image_embeds`` [1 or 2, 257, 1280]."""
+
+    latents: Tensor
+    text: Tensor
+    condition: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+def assemble(samples: Sequence[SampleFeatures], keys: list[SampleKey], device: torch.device) -> Features:
+    """Return the micro-batch of these samples on ``device``; prompts are padded to the longest one."""
+    conditions = [sample.condition for sample in samples if sample.condition is not None]
+    images = [sample.image_embeds for sample in samples if sample.image_embeds is not None]
+    texts = [sample.text for sample in samples]
+    return Features(
+        latents=torch.stack([sample.latents for sample in samples]).to(device),
+        text=pad_states(texts, max(text.shape[0] for text in texts)).to(device),
+        keys=keys,
+        condition=torch.stack(conditions).to(device) if conditions else None,
+        image_embeds=torch.cat(images).to(device) if images else None,
+    )
+
+
 class Encoders:
     """The frozen VAE and UMT5 of a run; either is absent when the data hold its features already.
 
@@ -92,13 +117,19 @@ class Encoders:
 
     def encode(self, batches: Sequence[MicroBatch]) -> list[Features]:
         """Encode a few micro-batches. Samples are encoded one by one, so the result does not depend on the cut."""
+        samples = iter(self.encode_samples(batches))
+        return [assemble(list(islice(samples, len(batch))), batch.keys, self.device) for batch in batches]
+
+    def encode_samples(self, batches: Sequence[MicroBatch]) -> list[SampleFeatures]:
+        """Encode a few micro-batches and return their samples, in order."""
         latents, conditions = self._latents(batches), self._conditions(batches)
         texts, images = self._texts(batches), self._images(batches)
-        result = []
-        for batch, latent, condition, states, image in zip(batches, latents, conditions, texts, images):
-            text = pad_states(states, max(state.shape[0] for state in states)).to(self.device)
-            result.append(Features(latent, text, batch.keys, condition, image))
-        return result
+        return [
+            SampleFeatures(latent[row], states[row], None if condition is None else condition[row],
+                           None if image is None else image[row])
+            for batch, latent, condition, states, image in zip(batches, latents, conditions, texts, images)
+            for row in range(len(batch))
+        ]
 
     # ---- video ---------------------------------------------------------------------------------------------------
 
@@ -118,12 +149,12 @@ class Encoders:
         clips = [(clip, key) for batch in batches for clip, key in zip(_given(batch.video, "video"), batch.keys)]
         return _regroup(self._map(lambda item: self._encode_condition(*item), clips), batches)
 
-    def _images(self, batches: Sequence[MicroBatch]) -> Iterable[Tensor | None]:
-        """Return CLIP states of the first frame (and the last one for flf2v), [B or 2B, 257, 1280]; else ``None``."""
+    def _images(self, batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
+        """Return CLIP states of the first frame (and the last one for flf2v), [B, 1 or 2, 257, 1280]; else ``None``."""
         if self.clip is None:
             return [None] * len(batches)
         clips = [clip for batch in batches for clip in _given(batch.video, "video")]
-        return [states.flatten(0, 1) for states in _regroup(self._map(self._encode_images, clips), batches)]
+        return _regroup(self._map(self._encode_images, clips), batches)
 
     def _encode_clip(self, clip: Tensor, key: SampleKey) -> Tensor:
         assert self.vae is not None

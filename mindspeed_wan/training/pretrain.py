@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from mindspeed_wan.platforms.base import Platform
 if TYPE_CHECKING:
     from mindspeed_wan.config.schema import RunConfig
     from mindspeed_wan.training.loop import Run
+    from mindspeed_wan.training.source import FeedOpener
+    from mindspeed_wan.training.stop import StopRequest
 
 _NOISE = (
     (UserWarning, "torch.distributed.fsdp"),
@@ -28,14 +31,14 @@ _NOISE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train one expert, or both one after the other (``--expert both``), and return the exit code.
+    """Train one expert, or both (``--expert both``) one after the other or side by side, and return the exit code.
 
     The command line is checked before torch is imported, so a wrong flag is reported at once.
 
     Raises:
         WanError: see the exit codes in ``mindspeed_wan.errors``.
     """
-    configs = [flags.parse(line) for line in _lines(list(sys.argv[1:] if argv is None else argv))]
+    configs, sizes = _read(list(sys.argv[1:] if argv is None else argv))
     for category, module in _NOISE:
         warnings.filterwarnings("ignore", category=category, module=module.replace(".", r"\."))
     platform = get_platform(configs[0].training.device)
@@ -50,19 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     with explained():
         if len(configs) == 1:
             _train(configs[0], platform)
+        elif sizes is not None:
+            from mindspeed_wan.training.joint import train_side_by_side
+
+            train_side_by_side(configs, sizes, platform, _run)
         else:
             _train_all(configs, platform)
     destroy()
     return EXIT_OK
 
 
-def _lines(argv: list[str]) -> list[list[str]]:
-    """Return one command line per expert; torch is not needed to see that there is only one."""
+def _read(argv: list[str]) -> tuple[list[RunConfig], tuple[int, int] | None]:
+    """Return one configuration per expert, and the ranks of each when they train side by side."""
     if not any(word in ("both", "--expert=both") for word in argv):
-        return [argv]
-    from mindspeed_wan.training.both import split
+        return [flags.parse(argv)], None
+    from mindspeed_wan.training.both import read
 
-    return split(argv)
+    return read(argv, os.environ)
 
 
 def _train_all(configs: Sequence[RunConfig], platform: Platform) -> None:
@@ -82,27 +89,35 @@ def _train_all(configs: Sequence[RunConfig], platform: Platform) -> None:
 
 
 def _train(config: RunConfig, platform: Platform) -> None:
-    from mindspeed_wan.parallel.agreement import barrier, is_first
+    from mindspeed_wan.parallel.agreement import barrier
     from mindspeed_wan.parallel.groups import init_distributed
-    from mindspeed_wan.training.loop import train
-    from mindspeed_wan.training.setup import prepare
+    from mindspeed_wan.training.source import OwnFeed
     from mindspeed_wan.training.stop import StopRequest
 
     platform.activate()
     init_distributed(platform, config.parallel.distributed_timeout_minutes)
     # A signal that comes while weights are read is remembered too: the run then stops, saved, after one step.
     with StopRequest(config.training.exit_duration_minutes) as stop:
-        run = prepare(config, platform)
-        if is_first():
-            announce(run, platform)
-        try:
-            train(run, stop)
-        finally:
-            if run.writer is not None:
-                run.writer.close()
-            if run.saver is not None:
-                run.saver.close()
+        _run(config, platform, stop, OwnFeed)
     barrier()
+
+
+def _run(config: RunConfig, platform: Platform, stop: StopRequest, open_feed: FeedOpener) -> None:
+    """Prepare one expert's run and train it to its end. Collective."""
+    from mindspeed_wan.parallel.agreement import is_first
+    from mindspeed_wan.training.loop import train
+    from mindspeed_wan.training.setup import prepare
+
+    run = prepare(config, platform, open_feed)
+    if is_first():
+        announce(run, platform)
+    try:
+        train(run, stop)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
+        if run.saver is not None:
+            run.saver.close()
 
 
 def announce(run: Run, platform: Platform) -> None:
