@@ -18,6 +18,7 @@ from mindspeed_wan.errors import ConfigError, did_you_mean, run_main
 COMMANDS = {
     "doctor": ("mindspeed_wan.cli.doctor", "what this machine can run, and the fix for what it cannot"),
     "demo": ("mindspeed_wan.cli.demo", "the main job on a tiny model: convert, pretrain, export, generate"),
+    "world": ("mindspeed_wan.cli.world", "learn a small world: pretrain, I2V, LoRA, evaluate (under an hour)"),
     "config": ("mindspeed_wan.cli.config", "check a run's configuration and print it with every default"),
     "plan": ("mindspeed_wan.cli.plan", "memory and time of a run before it starts"),
     "data": ("mindspeed_wan.cli.data", "check annotations and clips, count what a run would use"),
@@ -25,6 +26,8 @@ COMMANDS = {
     "import": ("mindspeed_wan.cli.import_", "another trainer's command line as our configuration and launcher"),
     "lora": ("mindspeed_wan.cli.lora", "inspect, convert and merge LoRA files"),
     "eval": ("mindspeed_wan.cli.eval", "score generated videos, compare two models"),
+    "accelerate": ("mindspeed_wan.cli.accelerate", "what faster ways of generating cost, measured; a quality gate"),
+    "schema": ("mindspeed_wan.cli.schema", "JSON Schema files for editors: model.json, data.json, fsdp2, cluster ..."),
     "report": ("mindspeed_wan.cli.report", "one HTML file about training runs"),
     "cluster": ("mindspeed_wan.cli.cluster", "job files for Slurm, Volcano, Kubeflow and ModelArts"),
 }

@@ -50,10 +50,12 @@ class StepTimes:
     """Seconds of every step by expert, the device synchronised at each end.
 
     ``evaluations`` counts the times this rank ran the blocks of a DiT: what a step cache or a guidance plan saves.
+    ``processor_seconds`` is this process's processor time over all steps.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     evaluations: int = 0
+    processor_seconds: float = 0.0
 
     def add(self, expert: str, seconds: float) -> None:
         """Record one step."""
@@ -99,7 +101,7 @@ class Denoiser:
         """
         times = StepTimes()
         held = _Held()
-        platform, started = self._runtime.platform, time.perf_counter()
+        platform, started, processor = self._runtime.platform, time.perf_counter(), time.process_time()
 
         def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
             nonlocal held
@@ -118,7 +120,9 @@ class Denoiser:
                 on_progress(state.step, expert, now - started)
             started = now
 
-        return sample(velocity, noise, self._schedule, self._solver, after), times
+        latents = sample(velocity, noise, self._schedule, self._solver, after)
+        times.processor_seconds = time.process_time() - processor
+        return latents, times
 
     def _guided(
         self, step: int, x: Tensor, t: Tensor, conditions: Conditions, held: _Held, times: StepTimes
