@@ -19,6 +19,7 @@ from mindspeed_wan.checkpoint.torch_file import DTYPES, TensorRef, read_torch_fi
 from mindspeed_wan.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mindspeed_wan.models.quantization import QuantizedView
@@ -231,7 +232,9 @@ def copy_into(
         for name, view in targets.items():
             source = names[name] if names else name
             if not isinstance(view, torch.Tensor):
-                fill_quantized(files, source, view)
+                quantized = read_quantized(files, source, view, view.device)
+                if quantized is not None:
+                    view.store(*quantized)
                 continue
             box = local_box(view)
             if box is None:
@@ -240,16 +243,16 @@ def copy_into(
             shard.copy_(files.read(source, box))
 
 
-def fill_quantized(files: TensorFiles, name: str, view: QuantizedView) -> None:
-    """Read this rank's rows of tensor ``name`` and quantise them into ``view``.
+def read_quantized(
+    files: TensorFiles, name: str, view: QuantizedView, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor] | None:
+    """Return the codes and fp32 scales of this rank's part of tensor ``name``; ``None`` when it holds nothing of it.
 
-    What the file holds in fp8 already is taken over bit for bit when ``view`` is fp8 too.
+    An fp8 file is taken over bit for bit by an fp8 layer; else this rank's rows are quantised on ``device``.
     """
     box = local_box(view.codes)
     if box is None:
-        return
-    rows = box[0]
+        return None
     if view.format == "fp8" and view.change is None and files.tensors[name].code == "F8_E4M3":
-        view.fill_encoded(files.read_raw(name, box), files.read_scales(name, rows))
-    else:
-        view.fill(files.read(name, (rows, slice(0, view.shape[1]))))
+        return files.read_raw(name, box), files.read_scales(name, box[0])
+    return view.encoded(files.read(name, (box[0], slice(0, view.shape[1]))).to(device))

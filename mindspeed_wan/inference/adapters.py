@@ -14,8 +14,10 @@ from mindspeed_wan.inference.runtime import Runtime
 from mindspeed_wan.lora.apply import load_adapter, unload
 from mindspeed_wan.lora.formats import LoraFile, read_lora
 from mindspeed_wan.lora.layers import Factor
+from mindspeed_wan.lora.merge import change_of_rows, touched_parameters
 from mindspeed_wan.lora.merge_model import merge_into_model
 from mindspeed_wan.lora.spec import guess_expert
+from mindspeed_wan.models.quantization import Change, quantized_layers
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 
@@ -34,16 +36,28 @@ class ExpertAdapters:
     runtime: Runtime
     on: dict[int, list[str]] = field(default_factory=dict)
 
+    def change(self, expert: str) -> Change | None:
+        """Return what merging adds to a weight while it is read; ``None`` when nothing is merged."""
+        chosen = self.files.get(expert, [])
+        if not (self.merge and chosen):
+            return None
+        return lambda name, rows, columns, shape, device: change_of_rows(name, rows, columns, shape, chosen, device)
+
     def attach(self, model: WanDiT, expert: str) -> None:
-        """Put the expert's adapters on ``model``, or merge them and say what the weights' dtype kept of them."""
+        """Put the expert's adapters on ``model``, or merge them and say what the weights' dtype kept of them.
+
+        Weights in 8 bits were merged while they were read (``change``); the rest is merged here.
+        """
         chosen, groups = self.files.get(expert, []), self.runtime.groups
         if not chosen:
             return
         if self.merge:
-            report = merge_into_model(model, chosen, groups)
+            before = {f"{name}.weight" for name, _ in quantized_layers(model)} & touched_parameters(chosen).keys()
+            report = merge_into_model(model, chosen, groups, skip=before)
             if self.runtime.rank == 0:
+                rounded = f"; into {len(before)} more in fp32, before they were rounded to 8 bits" if before else ""
                 print(f"{expert} expert: {len(chosen)} adapters merged into {len(report.losses)} parameters: "
-                      f"{report.total}", flush=True)
+                      f"{report.total}{rounded}", flush=True)
             return
         names = [f"adapter_{place}" for place in range(len(chosen))]
         for name, (lora, weight) in zip(names, chosen):

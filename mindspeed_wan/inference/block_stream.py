@@ -52,19 +52,28 @@ class StreamedExperts(ResidentExperts):
         self._stream.attach(model.blocks)
 
 
+_Key = tuple[str, torch.dtype]
+"""A parameter's name in its block and its dtype: blocks in high precision and blocks in 8 bits have other buffers."""
+
+
 class BlockStream:
     """Two sets of device buffers in the shape of a block, filled in turn.
 
     Args:
-        blocks: a model's blocks; all have the same parameters.
+        blocks: a model's blocks; parameters of one name have one shape, and few dtypes.
         device: where they run.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         self.device = device
+        shapes: dict[_Key, torch.Tensor] = {}
+        for block in blocks:
+            for name, parameter in block.named_parameters():
+                if not is_factor(name):
+                    shapes.setdefault((name, parameter.dtype), parameter)
         self._buffers = [
-            {name: nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-             for name, parameter in blocks[0].named_parameters() if not is_factor(name)}
+            {key: nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+             for key, parameter in shapes.items()}
             for _ in range(2)
         ]
         self._holds: list[nn.Module | None] = [None, None]
@@ -96,7 +105,7 @@ class BlockStream:
             buffers = self._fetch(block)
             self._fetch(following, after=buffers)
             before = {name: getattr(owner, leaf) for name, (owner, leaf) in places.items()}
-            hold(self._buffers[buffers])
+            hold({name: self._buffers[buffers][name, home.dtype] for name, home in self._homes[block].items()})
             try:
                 return method(*args, **kwargs)
             finally:
@@ -125,13 +134,13 @@ class BlockStream:
         sources = self._homes[block]
         if self._module is None:
             for name, value in sources.items():
-                self._buffers[place][name].copy_(value)
+                self._buffers[place][name, value.dtype].copy_(value)
             return
         with self._module.stream(self._copies):
             if self._used[place] is not None:
                 self._copies.wait_event(self._used[place])
             for name, value in sources.items():
-                self._buffers[place][name].copy_(value, non_blocking=True)
+                self._buffers[place][name, value.dtype].copy_(value, non_blocking=True)
             self._arrived[place] = self._copies.record_event()
 
 

@@ -22,14 +22,22 @@ import torch
 from torch import nn
 
 from mindspeed_wan.checkpoint.sources import check_names_and_shapes, open_weights
-from mindspeed_wan.checkpoint.stored import local_box
+from mindspeed_wan.checkpoint.stored import local_box, read_quantized
 from mindspeed_wan.checkpoint.weights import checked, read_weights
 from mindspeed_wan.errors import ConfigError, ResourceError
 from mindspeed_wan.inference.runtime import Runtime
 from mindspeed_wan.inference.sources import ModelFolder
+from mindspeed_wan.models.quantization import (
+    Change,
+    QuantizedView,
+    check_device,
+    quantize_layers,
+    scale_bits,
+    weight_views,
+)
+from mindspeed_wan.models.quantization_spec import SCALE_SUFFIX, QuantizationSpec
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import build_wan
-from mindspeed_wan.models.wan.views import global_views
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class Adapters(Protocol):
 
     merge: bool
 
+    def change(self, expert: str) -> Change | None:
+        """Return what merging adds to the expert's weights while they are read (before they are rounded to 8 bits)."""
+
     def attach(self, model: WanDiT, expert: str) -> None:
         """Put the expert's adapters on the model, or merge them into its weights."""
 
@@ -75,7 +86,7 @@ class Adapters(Protocol):
 
 def open_experts(
     folder: ModelFolder, runtime: Runtime, *, dtype: torch.dtype, memory: str, compile_blocks: bool = False,
-    adapters: Adapters | None = None,
+    adapters: Adapters | None = None, quantization: QuantizationSpec | None = None,
 ) -> Experts:
     """Load the experts of ``folder`` in a memory mode (``resident``, ``sequential`` or ``block``). Collective.
 
@@ -83,11 +94,14 @@ def open_experts(
         dtype: of the weights; the residual stream is fp32 as in the official model.
         compile_blocks: ``torch.compile`` each block.
         adapters: attached to each expert once its weights are in the model.
+        quantization: hold the blocks' linear layers in 8 bits; they are rounded as they are read, one at a time.
 
     Raises:
         CheckpointError: on every rank of the replica, when weights do not fit.
-        ConfigError: block mode with FSDP2, which shards the blocks already.
+        ConfigError: block mode with FSDP2, which shards the blocks already; quantisation the device cannot do.
     """
+    if quantization is not None:
+        check_device(quantization.mode, runtime.device)
     if memory == "block" and runtime.layout.dit_fsdp:
         raise ConfigError("--memory block and --dit_fsdp both move blocks around", fix="choose one of them")
     for found in folder.experts.values():
@@ -100,11 +114,14 @@ def open_experts(
             folder.config, groups=runtime.groups, platform=runtime.platform, param_dtype=dtype,
             residual_dtype=torch.float32, fsdp2=sharding,
             compile_blocks=compile_blocks, device=device,
+            modify=None if quantization is None else partial(_quantize, spec=quantization),
         )
         return model.requires_grad_(False).eval()
 
     def load(name: str, model: WanDiT) -> WanDiT:
-        runtime.agree(lambda: read_weights(folder.experts[name], global_views(model, runtime.groups), folder.config))
+        change = adapters.change(name) if adapters is not None and quantization is not None else None
+        views = weight_views(model, runtime.groups, change=change)
+        runtime.agree(lambda: read_weights(folder.experts[name], views, folder.config))
         return model
 
     def adapted(name: str, model: WanDiT) -> WanDiT:
@@ -124,6 +141,10 @@ def open_experts(
         return SwappedExperts(folder, build(runtime.device), runtime, load=adapted if merged else load,
                               ahead=not merged, adapters=None if merged else adapters)
     return ResidentExperts({name: adapted(name, build(runtime.device)) for name in names}, adapters)
+
+
+def _quantize(model: WanDiT, spec: QuantizationSpec) -> None:
+    quantize_layers(model, spec)
 
 
 class ResidentExperts:
@@ -167,7 +188,7 @@ class SwappedExperts:
     ) -> None:
         self._folder, self._slot, self._runtime, self._adapters = folder, slot, runtime, adapters
         self._parameters = dict(slot.named_parameters())
-        self._views = global_views(slot, runtime.groups)
+        self._views = weight_views(slot, runtime.groups)
         self._hosts: dict[str, dict[str, torch.Tensor]] = {}
         first, *rest = folder.experts
         self._reader: _Background | None = _Background(partial(self._read_all, rest if ahead else []))
@@ -220,6 +241,11 @@ class SwappedExperts:
         with open_weights(self._folder.experts[name], self._folder.config) as files:
             check_names_and_shapes(files, {key: tuple(view.shape) for key, view in views.items()}, self._folder.config)
             for key, view in views.items():
+                if isinstance(view, QuantizedView):
+                    codes, scales = read_quantized(files, key, view) or _nothing(view)
+                    host[key] = page_locked(codes.view(torch.int8), self._runtime)
+                    host[key + SCALE_SUFFIX] = page_locked(scale_bits(scales), self._runtime)
+                    continue
                 box, shard = local_box(view), local(view)
                 value = torch.empty(shard.shape, dtype=shard.dtype)
                 if box is not None:
@@ -247,6 +273,11 @@ class _Background:
         self._thread.join()
         if self._failure is not None:
             raise self._failure
+
+
+def _nothing(view: QuantizedView) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank holds of a weight whose rows are all elsewhere (uneven FSDP2 shards)."""
+    return torch.empty(local(view.codes).shape, dtype=torch.int8), torch.empty(local(view.scales).shape)
 
 
 def local(parameter: nn.Parameter | torch.Tensor) -> torch.Tensor:

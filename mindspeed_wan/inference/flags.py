@@ -16,8 +16,9 @@ from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions, parse_coefficients
 from mindspeed_wan.inference.guidance_options import GuidanceOptions, parse_sigmas, parse_steps
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
-from mindspeed_wan.inference.lora_options import MEMORY_NAMES, PRESETS, REFUSED_MEMORY, LoraOptions
+from mindspeed_wan.inference.lora_options import MEMORY_NAMES, PRESETS, LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
+from mindspeed_wan.inference.quantize_options import QFLOAT8_MEMORY, QuantizeOptions
 
 
 def parse_bool(text: str) -> bool:
@@ -124,6 +125,10 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("dtype", "dtype", str, "bf16, fp32 or fp16"),
         Flag("vae_dtype", "vae_dtype", str, "bf16 or fp32"),
         Flag("text_dtype", "text_dtype", str, "precision of UMT5; the DiT's by default"),
+        Flag("quantize", "quantize_dit", str, "hold the experts in 8 bits: fp8_weight_only, fp8_dynamic, "
+             "int8_weight_only"),
+        Flag("quantize_text_encoder", "quantize_text", str, "the same for UMT5"),
+        Flag("quantize_keep", "quantize_keep", str, "block layers that stay as they are: blocks.0 ffn.2", many=True),
         Flag("memory", "memory", str, "auto, resident, sequential (one expert on the device) or block (stream blocks)"),
         Flag("gpu_memory_mode", "memory", str, "VideoX-Fun's names: model_full_load, model_cpu_offload ..."),
         Flag("compile", "compile_blocks", parse_bool, "torch.compile each block; the first step takes minutes"),
@@ -212,6 +217,9 @@ def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOpti
         values["lora"] = LoraOptions(**lora)
     if limits := _prefixed(raw, "limits_"):
         values["guidance_limits"] = GuidanceOptions(**limits)
+    quantize = {name[len("quantize_"):]: raw.pop(name) for name in list(raw) if name.startswith("quantize_")}
+    if quantize:
+        values["quantize"] = QuantizeOptions(**quantize)
     preset = raw.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         problems.append(f"--sample_preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -308,8 +316,8 @@ def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) ->
 
 def _memory(raw: dict[str, Any], problems: list[str]) -> None:
     """Fold Wan's and Megatron's switches into ``memory``, ``text_device``, ``dtype`` and ``vae_tile``."""
-    if raw.get("memory") in REFUSED_MEMORY:
-        problems.append(f"memory mode {raw['memory']}: {REFUSED_MEMORY[raw.pop('memory')]}")
+    if raw.get("memory") == QFLOAT8_MEMORY and raw.setdefault("quantize_dit", "fp8_weight_only")[:3] != "fp8":
+        problems.append(f"memory mode {QFLOAT8_MEMORY} contradicts --quantize {raw['quantize_dit']}")
     if "memory" in raw:
         raw["memory"] = MEMORY_NAMES.get(raw["memory"], raw["memory"])
     offload = raw.pop("offload_model", None)

@@ -18,13 +18,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 MEMORY_NAMES = {
     "model_full_load": "resident",
     "model_cpu_offload": "sequential",
+    "model_cpu_offload_and_qfloat8": "sequential",
     "sequential_cpu_offload": "block",
 }
-"""VideoX-Fun's names of the memory modes."""
-REFUSED_MEMORY = {
-    "model_cpu_offload_and_qfloat8": "fp8 weights are not available when generating; model_cpu_offload needs twice "
-    "the memory of one expert in fp8, sequential_cpu_offload needs less than either",
-}
+"""VideoX-Fun's names of the memory modes; the one with qfloat8 also sets ``--quantize fp8_weight_only``."""
 _DISTILLED = re.compile(r"lightx2v|lightning|4[-_]?steps?\b", re.IGNORECASE)
 
 

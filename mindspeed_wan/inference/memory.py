@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from mindspeed_wan.errors import ResourceError
 from mindspeed_wan.models.wan.config import WanConfig
-from mindspeed_wan.models.wan.param_map import parameter_table
 
 GIB = float(1 << 30)
 MARGIN = 0.92
@@ -33,23 +32,16 @@ class MemoryPlan:
         )
 
 
-def expert_bytes(config: WanConfig, *, element: int, tensor: int = 1, shard: int = 1) -> float:
-    """Return the weight bytes of one expert on one rank (``element`` bytes each, TP and FSDP2 shards)."""
-    total = 0.0
-    for parameter in parameter_table(config):
-        count = 1
-        for size in parameter.shape:
-            count *= size
-        total += count / (tensor if parameter.tp_axis is not None else 1) / shard
-    return total * element
-
-
-def working_bytes(config: WanConfig, latent: tuple[int, int, int], *, element: int, context: int, tensor: int) -> float:
+def working_bytes(
+    config: WanConfig, latent: tuple[int, int, int], *, element: int, context: int, tensor: int,
+    dequantized: bool = False,
+) -> float:
     """Estimate what a forward pass and the decode hold besides weights, in bytes.
 
     Per token of this rank: the residual and its modulated copies, q, k, v and the attention's output, and twice the
     feed-forward's hidden channels. The VAE's largest layer has 96 channels at full resolution for four frames, about
-    six times over, in fp32; it runs when the DiT's activations are gone.
+    six times over, in fp32; it runs when the DiT's activations are gone. ``dequantized``: weights are held in 8 bits
+    and multiplied in ``element`` bytes, the largest one at a time.
     """
     tokens = -(-config.num_tokens(latent) // context)
     per_token = config.dim * (8 + 4 * element) + (5 * config.dim + 2 * config.ffn_dim) * element / tensor
@@ -57,7 +49,8 @@ def working_bytes(config: WanConfig, latent: tuple[int, int, int], *, element: i
     pixels = 64 * height * width
     decode = 4 * pixels * (6 * 96 * 4 + 3 * 2 * 4 * frames)
     text = 2 * 2 * config.num_layers * config.text_len * config.dim * element / tensor
-    return max(tokens * per_token + text, decode)
+    weight = config.dim * max(config.dim, config.ffn_dim) * element / tensor if dequantized else 0
+    return max(tokens * per_token + text + weight, decode)
 
 
 def choose(

@@ -18,6 +18,7 @@ from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.guidance_options import GuidanceOptions
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import LoraOptions
+from mindspeed_wan.inference.quantize_options import QuantizeOptions
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class GenerateOptions:
     boundary: float | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     max_text_length: int = 512
     # where it runs
     device: str | None = None
@@ -159,6 +161,7 @@ class GenerateOptions:
              *(self._prompt_problems() if whole_list else ()), *self.cache.problems(self.task),
              *self.guidance_limits.problems(self.guidance, calibrates=self.cache.calibrate is not None),
              *self.lora.problems(dit_fsdp=self.layout.dit_fsdp),
+             *self.quantize.problems(t5_fsdp=self.layout.t5_fsdp),
              *self.layout.problems(num_heads, videos)]
         )
 
@@ -268,7 +271,8 @@ class GenerateOptions:
         return {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, **values, **images,
                 **(cache if self.cache.method != "none" else {}),
                 **({"guidance_limits": asdict(self.guidance_limits)} if self.guidance_limits else {}),
-                **({"lora": self.lora.settings()} if self.lora else {}), "weights": weights}
+                **({"lora": self.lora.settings()} if self.lora else {}),
+                **({"quantize": self.quantize.settings()} if self.quantize else {}), "weights": weights}
 
 
 def _of_prompt(images: tuple[str, ...], place: int) -> str | None:

@@ -34,6 +34,7 @@ from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
 from mindspeed_wan.inference.sources import ModelFolder, recognise
 from mindspeed_wan.inference.step_cache import StepCache
 from mindspeed_wan.inference.vae_parallel import ParallelVAE
+from mindspeed_wan.models.quantization_spec import expert_bytes
 from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape
 from mindspeed_wan.platforms import get_platform
 
@@ -96,6 +97,7 @@ class WanGenerator:
         self.prompts = PromptEncoder(
             folder, runtime, dtype=options.text_dtype or options.dtype, device=options.text_device,
             max_length=min(options.max_text_length, folder.config.text_len), clean=options.clean_prompts,
+            quantization=options.quantize.text_spec,
         )
         self.adapters: ExpertAdapters | None = None
         self.plan: memory.MemoryPlan | None = None
@@ -246,7 +248,7 @@ class WanGenerator:
             )
             self._experts = open_experts(
                 self.folder, self.runtime, dtype=dtype, memory=self.plan.mode, adapters=self.adapters,
-                compile_blocks=self.options.compile_blocks,
+                compile_blocks=self.options.compile_blocks, quantization=self.options.quantize.spec,
             )
         return self._experts
 
@@ -287,9 +289,11 @@ class WanGenerator:
         layout, config = self.runtime.layout, self.folder.config
         element = DTYPES[self.options.dtype].itemsize
         sharded = layout.cfg * layout.context if layout.dit_fsdp else 1
-        expert = memory.expert_bytes(config, element=element, tensor=layout.tensor, shard=sharded)
+        spec = self.options.quantize.spec
+        expert = expert_bytes(config, element=element, quantization=spec, tensor=layout.tensor, shard=sharded)
         working = memory.working_bytes(
-            config, latent, element=element, context=layout.context, tensor=layout.tensor
+            config, latent, element=element, context=layout.context, tensor=layout.tensor,
+            dequantized=spec is not None and not spec.dynamic,
         )
         if layout.dit_fsdp:
             working += 2 * expert * sharded / config.num_layers  # the block in use and the one gathered ahead

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mindspeed_wan.inference.runtime import DTYPES, Runtime
 from mindspeed_wan.inference.sources import ModelFolder
-from mindspeed_wan.models.text_encoder import TextEncoder, text_encoder_files
+from mindspeed_wan.models.quantization import check_device, quantize_linears, weight_bytes
+from mindspeed_wan.models.quantization_spec import QuantizationSpec
+from mindspeed_wan.models.text_encoder import TextEncoder
 
 _ROOM = 1.2
 """Free device memory asked for, in multiples of the encoder's weights."""
@@ -23,14 +25,16 @@ class PromptEncoder:
 
     Args:
         device: ``device``, ``cpu``, or ``auto``: on the device while encoding if it fits there.
+        quantization: hold the linear layers in 8 bits.
     """
 
     def __init__(
-        self, folder: ModelFolder, runtime: Runtime, *, dtype: str, device: str, max_length: int, clean: bool
+        self, folder: ModelFolder, runtime: Runtime, *, dtype: str, device: str, max_length: int, clean: bool,
+        quantization: QuantizationSpec | None = None,
     ) -> None:
         self._folder, self._runtime = folder, runtime
         self._dtype, self._device = DTYPES[dtype], device
-        self._max_length, self._clean = max_length, clean
+        self._max_length, self._clean, self._quantization = max_length, clean, quantization
         self._encoder: TextEncoder | None = None
         self._known: dict[str, Tensor] = {}
 
@@ -53,7 +57,9 @@ class PromptEncoder:
 
     def _whole(self, prompts: list[str]) -> list[Tensor]:
         encoder = self._load("cpu")
-        device = self._runtime.device if self._fits() else torch.device("cpu")
+        device = self._runtime.device if self._fits(encoder) else torch.device("cpu")
+        if self._quantization is not None:
+            check_device(self._quantization.mode, device)
         encoder.to(device)
         states = self._run(encoder, prompts)
         if self._device == "auto" and device.type != "cpu":
@@ -76,13 +82,14 @@ class PromptEncoder:
             self._encoder = TextEncoder.from_pretrained(
                 self._folder.text_encoder, self._dtype, device, tokenizer=self._folder.tokenizer
             )
+            if self._quantization is not None:
+                quantize_linears(self._encoder.model, self._quantization)
         return self._encoder
 
-    def _fits(self) -> bool:
+    def _fits(self, encoder: TextEncoder) -> bool:
         if self._device != "auto" or self._runtime.platform.device_type == "cpu":
             return self._device != "cpu"
-        stored = sum(file.stat().st_size for file in text_encoder_files(self._folder.text_encoder))
-        return self._runtime.platform.free_memory_bytes() > _ROOM * stored
+        return self._runtime.platform.free_memory_bytes() > _ROOM * weight_bytes(encoder.model)
 
 
 def _shard(encoder: TextEncoder, runtime: Runtime) -> None:

@@ -19,6 +19,7 @@ from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
 from mindspeed_wan.lora.layers import LORA_A, LORA_B, LoraHook, Setting, adapt, hook_of
 from mindspeed_wan.lora.spec import AdapterSize, LinearModule, LoraSpec, linear_modules
+from mindspeed_wan.models.quantization import QuantizedLinear
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.views import global_view, global_views, local_slices
 from mindspeed_wan.parallel.groups import ParallelGroups
@@ -35,8 +36,8 @@ def add_adapter(
 ) -> dict[str, AdapterSize]:
     """Put trainable adapters on ``model`` and freeze everything else; returns their sizes by module.
 
-    The factors take the device (usually meta) of the layer's weight, and its dtype unless ``dtype`` is given (fp32
-    factors on a frozen bf16 model), and are not initialised.
+    The factors take the device (usually meta) of the layer's weight, and its dtype (the one it computes in, of a layer
+    in 8 bits) unless ``dtype`` is given (fp32 factors on a frozen bf16 model), and are not initialised.
     """
     sizes = spec.resolve(model.config)
     _check_name(model, name)
@@ -44,7 +45,7 @@ def add_adapter(
     for mm, size in sizes.items():
         module, hook = _adapted(model, mm)
         weight: Tensor = module.weight  # type: ignore[assignment]
-        down, up = (torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+        down, up = (torch.empty(shape, dtype=dtype or _factor_dtype(module), device=weight.device)
                     for shape in hook.local_shapes(size.rank))
         hook.add(module, name, down, up, Setting(size.scale, dropout=spec.dropout), trainable=True)
         _register_layout(model, mm, name, hook)
@@ -148,7 +149,7 @@ def load_adapter(
         layouts = hook.layouts()
         parts = []
         for tensor, layout, shape in zip((adapter.down, adapter.up), layouts, hook.local_shapes(adapter.rank)):
-            local = torch.empty(shape, dtype=dtype or base.dtype, device=_device(base))
+            local = torch.empty(shape, dtype=dtype or _factor_dtype(module), device=_device(base))
             _, index = local_slices(global_view(local, layout, groups))
             parts.append(local.copy_(tensor[index]))
         down, up = parts
@@ -222,6 +223,9 @@ def _apply_diffs(model: WanDiT, lora: LoraFile, name: str, weight: float, groups
     saved: dict[str, Tensor] = {}
     for parameter, diff in lora.diffs.items():
         target = model.get_parameter(parameter)
+        if not target.is_floating_point():
+            raise ConfigError(f"an adapter changes {parameter} itself, which is held in 8 bits",
+                              fix="merge it (--lora_merge), or keep that layer in high precision (--quantize_keep)")
         local, index = local_slices(global_view(target.detach(), model.param_layout[parameter], groups))
         if any(parameter in others for others in _saved_diffs(model).values()):
             raise ConfigError(f"two adapters change {parameter}", fix="merge one of them into the weights first")
@@ -276,6 +280,11 @@ def _check_name(model: WanDiT, name: str) -> None:
 
 def _unknown(model: WanDiT, name: str) -> ConfigError:
     return ConfigError(f"no adapter is called {name!r}", fix=f"loaded: {', '.join(adapter_names(model)) or 'none'}")
+
+
+def _factor_dtype(module: nn.Module) -> torch.dtype:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return module.compute_dtype if isinstance(module, QuantizedLinear) else weight.dtype
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ whole         whole                whole                 none; with sequence par
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -14,17 +16,26 @@ from mindspeed_wan.parallel.groups import ParallelGroups
 
 
 @torch.no_grad()
-def merge_into_model(model: WanDiT, loras: Weighted, groups: ParallelGroups | None = None) -> MergeReport:
+def merge_into_model(
+    model: WanDiT, loras: Weighted, groups: ParallelGroups | None = None, *, skip: Collection[str] = ()
+) -> MergeReport:
     """Add adapters to a model's own weights, each tensor rank to its part, in fp32; report what the dtype kept.
 
     The report counts this rank's part. Merging cannot be undone; runtime adapters (``apply.load_adapter``) can.
+    Parameters in ``skip`` have been merged before.
 
     Raises:
-        ConfigError: the weights are sharded by FSDP2 (rows of one weight lie on several ranks in the wrong shape).
+        ConfigError: the weights are sharded by FSDP2 (rows of one weight lie on several ranks in the wrong shape), or
+            held in 8 bits, where a merge would be rounded twice.
     """
     report = MergeReport()
     for name in touched_parameters(loras):
+        if name in skip:
+            continue
         parameter = model.get_parameter(name)
+        if not parameter.is_floating_point():
+            raise ConfigError(f"adapters cannot be merged into {name}, which is held in 8 bits",
+                              fix="merge while the weights are read, or keep the adapters unmerged (the default)")
         if isinstance(parameter, DTensor):
             raise ConfigError("adapters cannot be merged into weights that FSDP2 has sharded",
                               fix="merge before sharding, or keep the adapters unmerged (the default)")

@@ -87,6 +87,11 @@ def decode(codes: Tensor, scales: Tensor, format: Format, dtype: torch.dtype) ->
     return values.mul_(scales)
 
 
+def scale_bits(scales: Tensor) -> Tensor:
+    """Return fp32 scales as ``weight_scale`` holds them."""
+    return scales.contiguous().view(torch.int32)
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
@@ -230,16 +235,16 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
 
 
-def quantize_linears(model: nn.Module, spec: QuantizationSpec, *, skip: Callable[[str], bool]) -> int:
+@torch.no_grad()
+def quantize_linears(model: nn.Module, spec: QuantizationSpec) -> int:
     """Quantise the ``nn.Linear`` layers of a loaded model in place, one at a time (UMT5); returns how many."""
-    found = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and not skip(name)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name, module in found:
         layer = QuantizedLinear(module, spec.format, dynamic=spec.dynamic)
         weight = module.weight.detach()
         scales = row_scales(weight, spec.format)
         layer.weight.copy_(encode(weight, scales, spec.format))
-        layer.weight_scale.copy_(scales.view(torch.int32))
+        layer.weight_scale.copy_(scale_bits(scales))
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer)
     return len(found)
@@ -276,6 +281,12 @@ class QuantizedView:
         return self.codes.shape
 
     @property
+    def device(self) -> torch.device:
+        """Where to round: where the layer is, but on the CPU for devices that may lack fp8."""
+        device = local_slices(self.codes)[0].device
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    @property
     def rows(self) -> slice:
         """This rank's rows; all their columns are needed to scale them, whichever of them it keeps."""
         return local_slices(self.codes)[1][0]
@@ -283,28 +294,23 @@ class QuantizedView:
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:
         """Quantise ``rows`` (this rank's, every column, any floating dtype) into the layer."""
-        codes, _ = local_slices(self.codes)
-        self._store(*self.quantize(rows, codes.device if codes.device.type == "cuda" else rows.device))
+        self.store(*self.encoded(rows.to(self.device)))
 
     @torch.no_grad()
-    def fill_encoded(self, codes: Tensor, scales: Tensor) -> None:
-        """Take over fp8 numbers as a file holds them: ``codes`` (this rank's part) and its rows' ``scales [n, 1]``."""
-        self._store(codes.view(torch.int8), scales)
-
-    @torch.no_grad()
-    def quantize(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return this rank's codes and scales of ``rows`` without storing them."""
-        own, columns = local_slices(self.codes)[1]
-        rows = rows.to(device)
+    def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's codes, and the scales, of ``rows`` without storing them."""
+        (own, columns), device = local_slices(self.codes)[1], rows.device
         if self.change is not None:
             change = self.change(self.name, own, slice(0, self.shape[1]), tuple(self.shape), device)
             rows = rows if change is None else rows.float() + change
         scales = row_scales(rows, self.format)
         return encode(rows[:, columns], scales, self.format), scales
 
-    def _store(self, codes: Tensor, scales: Tensor) -> None:
-        local_slices(self.codes)[0].copy_(codes)
-        local_slices(self.scales)[0].copy_(scales.contiguous().view(torch.int32))
+    @torch.no_grad()
+    def store(self, codes: Tensor, scales: Tensor) -> None:
+        """Put this rank's codes (int8, or e4m3 as a file holds them) and the fp32 scales of its rows in place."""
+        local_slices(self.codes)[0].copy_(codes.view(torch.int8))
+        local_slices(self.scales)[0].copy_(scale_bits(scales))
 
 
 def weight_views(

@@ -137,8 +137,7 @@ def test_flags(files: dict[str, Path]) -> None:
     assert (preset.steps, preset.shift, preset.solver, preset.guidance) == (8, 5.0, "euler", (1.0, 1.0))
     assert options_of("--GPU_memory_mode", "sequential_cpu_offload").memory == "block"
     assert options_of("--GPU_memory_mode", "model_full_load").memory == "resident"
-    for wrong, text in ((("--GPU_memory_mode", "model_cpu_offload_and_qfloat8"), "qfloat8"),
-                        (("--lora_path", "/nowhere.safetensors"), "does not exist"),
+    for wrong, text in ((("--lora_path", "/nowhere.safetensors"), "does not exist"),
                         (("--lora_path", low, "--lora_weight", "1", "2"), "2 values for 1 files"),
                         (("--sample_preset", "light"), "lightx2v"), (("--lora_merge",), "without --lora_path")):
         with pytest.raises(ConfigError, match=text):

@@ -70,7 +70,7 @@ def test_layer_equals_the_layer_with_its_dequantised_weight(mode, dtype):
     """Output and gradient, bit for bit."""
     model = nn.Sequential(nn.Linear(64, 48)).to(dtype).requires_grad_(False)
     plain = copy.deepcopy(model)
-    assert quantization.quantize_linears(model, QuantizationSpec(mode), skip=lambda name: False) == 1
+    assert quantization.quantize_linears(model, QuantizationSpec(mode)) == 1
     plain[0].weight.copy_(model[0].dequantized())
     x = torch.randn(5, 64, dtype=dtype)
     gradients = []
@@ -86,7 +86,7 @@ def test_layer_equals_the_layer_with_its_dequantised_weight(mode, dtype):
 def test_backward_keeps_no_copy_of_the_weight():
     """Autograd would save the dequantised weight of every layer and undo what 8 bits save."""
     layer = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False)
-    quantization.quantize_linears(layer, QuantizationSpec("fp8_weight_only"), skip=lambda name: False)
+    quantization.quantize_linears(layer, QuantizationSpec("fp8_weight_only"))
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(3, 64, requires_grad=True))
