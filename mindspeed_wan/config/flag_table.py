@@ -45,6 +45,8 @@ FILES = _group(
     "files",
     ("--mm-model", "text", "files.model", "model.json: expert, encoders, flow matching"),
     ("--mm-data", "text", "files.data", "data.json: clips, sizes, captions, order"),
+    Flag("--valid-mm-data", "text", "files.valid", "clips of the validation loss (default: the first training clips)",
+         own=True),
     ("--fsdp2-config-path", "text", "files.fsdp2", "YAML that says what FSDP2 shards and recomputes"),
 )
 
@@ -52,6 +54,8 @@ EXPERT = _group(
     "expert and noise (each overrides the model file)",
     Flag("--expert", "text", "extra.expert", "which expert to train (pretrain_sora.py: both, one after the other)",
          choices=("high", "low"), own=True),
+    Flag("--expert-ranks", "text", "extra.expert_ranks",
+         "with --expert both: side by side on so many ranks each, HIGH,LOW or even", own=True),
     Flag("--boundary", "float", "extra.boundary", "sigma at which the experts change (T2V 0.875, I2V 0.9)", own=True),
     Flag("--timestep-weighting", "text", "diffusion.weighting", "loss weight by sigma", own=True,
          choices=("none", "mm", "sigma_sqrt", "cosmap")),
@@ -70,8 +74,11 @@ PARALLEL = _group(
          "attention across those ranks: all-to-all over heads, ring, or both",
          choices=("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")),
     ("--ulysses-degree-in-cp", "int", "parallel.ulysses_degree_in_cp", "Ulysses part of hybrid_cp_algo"),
-    ("--pipeline-model-parallel-size", "int", "parallel.pipeline", "pipeline stages (only 1 for now)"),
-    ("--virtual-pipeline-model-parallel-size", "int", "extra.virtual_pipeline", "chunks per pipeline stage"),
+    Flag("--ulysses-overlap-chunks", "int", "parallel.ulysses_chunks",
+         "groups of heads: one is exchanged while another attends (default: 2; CPU: 1)", own=True),
+    ("--pipeline-model-parallel-size", "int", "parallel.pipeline", "stages that each hold a part of the blocks"),
+    ("--virtual-pipeline-model-parallel-size", "int", "extra.virtual_pipeline", "chunks of blocks per pipeline stage"),
+    ("--num-layers-per-virtual-pipeline-stage", "int", "extra.layers_per_chunk", "the same as blocks per chunk"),
     ("--use-torch-fsdp2", "switch", "parallel.use_torch_fsdp2", "shard parameters and optimizer state (fully_shard)"),
     ("--distributed-timeout-minutes", "float", "parallel.distributed_timeout_minutes",
      "minutes to wait for another rank before the job fails"),
@@ -109,6 +116,9 @@ PRECISION = _group(
     Flag("--recompute-every", "int", "training.recompute.every_k", "every k-th of these blocks only", own=True),
     ("--recompute-skip-core-attention", "switch", "training.recompute.keep_attention",
      "keep the results of attention, recompute the rest"),
+    Flag("--recompute-offload", "switch", "training.recompute.offload",
+         "keep the inputs of recomputed blocks in host memory", own=True),
+    Flag("--compile", "switch", "training.compile_blocks", "compile the blocks with torch.compile", own=True),
     Flag("--deterministic", "switch", "training.deterministic", "same job, same bits (slower)", own=True),
     ("--deterministic-mode", "switch", "training.deterministic", "Megatron's name for --deterministic"),
     ("--use-deter-comp", "switch", "training.deterministic", "MindSpeed-MM's name for --deterministic"),
@@ -146,6 +156,10 @@ OPTIMIZER = _group(
     ("--adam-beta2", "float", "optimizer.beta2", "second-moment decay"),
     ("--adam-eps", "float", "optimizer.eps", "added to the root of the second moment"),
     ("--clip-grad", "float", "optimizer.clip_grad", "cut the global gradient norm to this; 0 does not"),
+    Flag("--optimizer", "text", "extra.optimizer", "AdamW under both of Megatron's names, or with moments in 8 bits",
+         choices=("adam", "adamw", "adam8bit")),
+    ("--optimizer-cpu-offload", "switch", "optimizer.cpu_offload", "keep the optimizer's state in host memory"),
+    ("--optimizer-offload-fraction", "float", "optimizer.offload_fraction", "how much of it (default: all)"),
     Flag("--optimizer-selection", "text", "extra.optimizer_selection", "AdamW, fused where the device can",
          choices=("fused_torch_adamw", "fused_adamw", "torch_adamw")),
 )  # fmt: skip
@@ -181,6 +195,21 @@ LORA = _group(
     Flag("--lora-rank-pattern", "texts", "extra.lora_rank_pattern", "other ranks for some modules: ffn.0=64", own=True),
 )
 
+VALIDATION = _group(
+    "validation videos",
+    Flag("--validation-prompts", "text", "validation.prompts", "file: a prompt a line, or JSON with prompt and image",
+         own=True),
+    Flag("--validation-video-interval", "int", "validation.video_interval", "iterations between validation videos",
+         own=True),
+    Flag("--validation-other-expert", "text", "validation.other_expert",
+         "weights of the expert that is not trained, for its steps", own=True),
+    Flag("--validation-steps", "int", "validation.steps", "sampling steps (default: the task's)", own=True),
+    Flag("--validation-shift", "float", "validation.shift", "flow shift of sampling (default: the task's)", own=True),
+    Flag("--validation-guidance", "float", "validation.guidance", "guidance scale, 1 is without (default: the task's)",
+         own=True),
+    Flag("--validation-negative-prompt", "text", "validation.negative_prompt", "default: empty", own=True),
+)  # fmt: skip
+
 LOGGING = _group(
     "logging",
     ("--log-interval", "int", "logging.log_interval", "iterations between log lines"),
@@ -188,5 +217,5 @@ LOGGING = _group(
 )
 
 USED: tuple[Flag, ...] = (
-    FILES + EXPERT + PARALLEL + BATCH + PRECISION + OPTIMIZER + CHECKPOINT + LORA + LOGGING
+    FILES + EXPERT + PARALLEL + BATCH + PRECISION + OPTIMIZER + CHECKPOINT + LORA + VALIDATION + LOGGING
 )  # fmt: skip

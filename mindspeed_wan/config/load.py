@@ -24,7 +24,8 @@ from mindspeed_wan.config.translate import DTYPES, Report, data_section, model_s
 from mindspeed_wan.config.validate import dotted, validate, wanted_text
 from mindspeed_wan.errors import ConfigError
 
-SECTIONS_OF = {"model": ("model", "diffusion"), "data": ("data", "model"), "fsdp2": ("fsdp2",)}
+SECTIONS_OF = {"model": ("model", "diffusion"), "data": ("data", "model"), "valid": ("valid_data",),
+               "fsdp2": ("fsdp2",)}
 """Sections that cannot be checked further when a file has errors."""
 
 _DIFFUSION_SAME = ("num_train_timesteps", "shift", "weighting", "normalize_weighting", "density",
@@ -107,11 +108,16 @@ def _from_files(line: CommandLine, report: Report) -> tuple[dict[str, Any], dict
     if data and parsed_data:
         tree["data"] = data_section(parsed_data, data, report)
         tree.setdefault("model", {}).setdefault("text_encoder", {}).update(tokenizer(parsed_data, data, report))
+    valid = _open("valid", line, report, tree)
+    parsed_valid = _parse(DataFile, "valid", valid, WHY, report)
+    if valid and parsed_valid:
+        # A validation loss is that of the real captions, also where the file is the training one with its dropout.
+        tree["valid_data"] = {**data_section(parsed_valid, valid, report), "caption_dropout": 0.0}
     fsdp2 = _open("fsdp2", line, report, tree)
     parsed_fsdp2 = _parse(Fsdp2File, "fsdp2", fsdp2, FSDP2_WHY, report)
     if fsdp2 and parsed_fsdp2:
         tree["fsdp2"] = fsdp2_section(parsed_fsdp2, fsdp2, report)
-    opened = {"model": model, "data": data, "fsdp2": fsdp2}
+    opened = {"model": model, "data": data, "valid": valid, "fsdp2": fsdp2}
     return tree, {name: document for name, document in opened.items() if document}, model_dtype
 
 
@@ -201,7 +207,8 @@ def _apply_flags(tree: dict[str, Any], line: CommandLine, report: Report) -> Non
         node[leaf] = value
 
 
-_PATH_TARGETS = ("checkpoint.load", "checkpoint.save", "checkpoint.load_base_model", "logging.tensorboard_dir")
+_PATH_TARGETS = ("checkpoint.load", "checkpoint.save", "checkpoint.load_base_model", "logging.tensorboard_dir",
+                 "validation.prompts", "validation.other_expert")
 
 
 def _bad_flag(message: str, report: Report, fix: str | None = None) -> None:
@@ -229,11 +236,34 @@ def _derive(tree: dict[str, Any], line: CommandLine, report: Report, model_dtype
     parallel = tree.setdefault("parallel", {})
     if extra.get("virtual_pipeline", 1) != 1:  # launchers pass VP=1, which is no virtual pipeline
         parallel["virtual_pipeline"] = extra["virtual_pipeline"]
+    _derive_chunks(tree, extra, report)
+    if extra.get("optimizer") == "adam8bit":
+        tree.setdefault("optimizer", {})["name"] = "adam8bit"
     selection = extra.get("optimizer_selection")
     tree.setdefault("optimizer", {})["fused"] = bool(selection and selection.startswith("fused"))
     if "files.model" not in line.values and ("expert" in extra or "boundary" in extra):
         fix = "the range of an expert depends on the task and shift of the model file"
         _bad_flag("--expert and --boundary need --mm-model", report, fix)
+    if "expert_ranks" in extra:
+        _bad_flag("--expert-ranks divides the ranks between two experts, but one is trained", report,
+                  "add --expert both, or leave it out")
+
+
+def _derive_chunks(tree: dict[str, Any], extra: dict[str, Any], report: Report) -> None:
+    """Turn Megatron's blocks per chunk into chunks per stage."""
+    size, parallel = extra.get("layers_per_chunk"), tree["parallel"]
+    layers = tree.get("model", {}).get("wan", {}).get("num_layers")
+    if size is None or layers is None:
+        return
+    stages = parallel.get("pipeline", 1)
+    if size < 1 or layers % (stages * size):
+        _bad_flag(f"--num-layers-per-virtual-pipeline-stage {size} does not divide {layers} blocks of {stages} stages",
+                  report, "use a divisor, or --virtual-pipeline-model-parallel-size")
+    elif parallel.get("virtual_pipeline", layers // (stages * size)) != layers // (stages * size):
+        _bad_flag(f"--num-layers-per-virtual-pipeline-stage {size} is {layers // (stages * size)} chunks per stage, "
+                  f"not {parallel['virtual_pipeline']}", report, "give one of the two flags")
+    elif layers > stages * size:
+        parallel["virtual_pipeline"] = layers // (stages * size)
 
 
 def _derive_precision(tree: dict[str, Any], extra: dict[str, Any], report: Report, model_dtype: str | None) -> None:

@@ -1,19 +1,20 @@
 """All rules over a configuration, the ranks they are checked for, and notes on likely mistakes.
 
-The rules themselves are in ``rules_run`` (ranks, optimizer, checkpoints) and ``rules_model`` (expert, data, paths).
+The rules themselves are in ``rules_run`` (ranks, optimizer, checkpoints), ``rules_model`` (expert, data, paths) and
+``rules_validation``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mindspeed_wan.config import rules_model, rules_run
+from mindspeed_wan.config import rules_model, rules_run, rules_validation
 from mindspeed_wan.config.expert_range import OFFICIAL_BOUNDARY
 from mindspeed_wan.config.rule import RuleRow
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.errors import ConfigError
 
-RULES: tuple[RuleRow, ...] = rules_model.RULES + rules_run.RULES
+RULES: tuple[RuleRow, ...] = rules_model.RULES + rules_run.RULES + rules_validation.RULES
 """Every rule, in the order its errors are shown."""
 
 
@@ -67,8 +68,8 @@ def _notes_on_pace(config: RunConfig) -> list[str]:
         found.append("--save is not given: nothing is kept")
     if checkpoint.save and checkpoint.no_save_optim:
         found.append("--no-save-optim: these checkpoints cannot be resumed exactly")
-    if training.eval_interval and training.eval_interval <= training.train_iters:
-        found.append("--eval-interval has no effect yet: no clips are set aside for a validation loss")
+    if training.eval_interval and training.eval_interval <= training.train_iters and config.valid_data is None:
+        found.append("the validation loss is that of the first training clips; --valid-mm-data names others")
     recompute = training.recompute
     if recompute.granularity == "full" and recompute.method == "uniform" and recompute.num_layers > 1:
         found.append(

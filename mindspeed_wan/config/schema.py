@@ -35,6 +35,7 @@ from mindspeed_wan.config.sections_run import (
     ParallelSection,
     RecomputeSection,
     TrainingSection,
+    ValidationSection,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "TextEncoderSection",
     "TrainingSection",
     "VaeSection",
+    "ValidationSection",
     "WanSection",
 ]
 
@@ -82,6 +84,10 @@ class RunConfig(Section):
     """Reports."""
     lora: LoraSection | None = None
     """Adapters; None trains all weights."""
+    valid_data: DataSection | None = None
+    """Clips of the validation loss; None takes the first training clips."""
+    validation: ValidationSection = ValidationSection()
+    """Validation videos."""
     world_size: int | None = None
     """Ranks the layout was checked for: torchrun's, or --world-size of a dry run; None when unknown."""
     notes: tuple[str, ...] = ()
@@ -92,6 +98,11 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Return the JSON-ready dict that is written beside the run; ``RunConfig(**it)`` reads it back."""
         return self.to_dict()
+
+    @property
+    def uses_fsdp2(self) -> bool:
+        """FSDP2 hooks are around the blocks: asked for, or for its mixed precision (bf16 without a pipeline)."""
+        return self.parallel.use_torch_fsdp2 or (self.training.precision == "bf16" and self.parallel.pipeline == 1)
 
     def global_batch(self, world_size: int) -> int:
         """Return the clips per optimizer step of a job with ``world_size`` ranks."""

@@ -22,10 +22,12 @@ class ParallelSection(Section):
     """How attention spans the context group: Ulysses (all-to-all over heads), ring, or both."""
     ulysses_degree_in_cp: int | None = Field(default=None, ge=1)
     """Ranks of the Ulysses part when the algorithm is hybrid; the ring part is context / this."""
+    ulysses_chunks: int | None = Field(default=None, ge=1)
+    """Groups of heads whose exchange overlaps the attention of other groups; None: 2 on accelerators, 1 on a CPU."""
     pipeline: int = Field(default=1, ge=1)
-    """Pipeline parallel degree. Above 1 is refused for now."""
+    """Pipeline parallel degree: stages that each hold a part of the blocks."""
     virtual_pipeline: int | None = Field(default=None, ge=1)
-    """Model chunks per pipeline rank; None is one."""
+    """Chunks of blocks per pipeline stage, run interleaved; None is one."""
     use_torch_fsdp2: bool = False
     """Shard parameters, gradients and optimizer state with torch's fully_shard, as the fsdp2 section says."""
     distributed_timeout_minutes: float = Field(default=10.0, gt=0)
@@ -56,8 +58,12 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     """AdamW and the schedules of learning rate and weight decay. All schedule lengths are in iterations."""
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer; every --optimizer-selection of MindSpeed-MM that means AdamW."""
+    name: Literal["adamw", "adam8bit"] = "adamw"
+    """AdamW (every --optimizer-selection of MindSpeed-MM means it), or the same with its moments in 8 bits."""
+    cpu_offload: bool = False
+    """Keep the optimizer's state in host memory; it visits the device for the update."""
+    offload_fraction: float = Field(default=1.0, ge=0, le=1)
+    """How much of the state that is."""
     fused: bool = False
     """Use torch's fused kernel where the device has one."""
     lr: float = Field(default=1e-5, ge=0)
@@ -107,6 +113,8 @@ class RecomputeSection(Section):
     """Of these blocks, recompute number 0, k, 2k ...; 1 is all of them."""
     keep_attention: bool = False
     """Keep the results of attention, which is most of a block's work at video lengths, and recompute the rest."""
+    offload: bool = False
+    """Keep the inputs of recomputed blocks in host memory between the passes."""
 
 
 class TrainingSection(Section):
@@ -124,6 +132,8 @@ class TrainingSection(Section):
     """Compute type; master weights, optimizer state and gradient reduction are fp32 in both."""
     recompute: RecomputeSection = RecomputeSection()
     """Activation recomputation when FSDP2's recompute_modules does not ask for it."""
+    compile_blocks: bool = False
+    """Compile the transformer blocks with torch.compile."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Iterations between evaluations of the validation loss; None never evaluates."""
     eval_iters: int = Field(default=10, ge=0)
@@ -207,10 +217,10 @@ class Fsdp2Section(Section):
     """Modules whose activations are recomputed in the backward pass."""
     use_reentrant: bool = False
     """Recorded; recomputation here is non-reentrant, which gives the same gradients and needs no input hook."""
-    num_to_forward_prefetch: int = Field(default=0, ge=0)
-    """Units whose parameters are gathered ahead in the forward pass."""
-    num_to_backward_prefetch: int = Field(default=0, ge=0)
-    """Units whose parameters are gathered ahead in the backward pass."""
+    num_to_forward_prefetch: int = Field(default=1, ge=0)
+    """Units whose parameters are gathered ahead in the forward pass; 0 leaves it to torch."""
+    num_to_backward_prefetch: int = Field(default=1, ge=0)
+    """Units whose parameters are gathered ahead in the backward pass; 0 leaves it to torch, which does one."""
     offload_to_cpu: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
     pin_memory: bool = True
@@ -224,6 +234,25 @@ class LoggingSection(Section):
     """Iterations between log lines."""
     tensorboard_dir: str | None = None
     """TensorBoard folder; None is <save>/tensorboard."""
+
+
+class ValidationSection(Section):
+    """Videos sampled while training goes on (the validation loss needs no setting but eval_interval)."""
+
+    prompts: str | None = None
+    """File of prompts: one a line, or a JSON object a line with prompt and, for I2V, image."""
+    video_interval: int | None = Field(default=None, ge=1)
+    """Iterations between validation videos; None makes none."""
+    other_expert: str | None = None
+    """Weights of the expert that is not trained, for its range; None stops at the boundary."""
+    steps: int | None = Field(default=None, ge=2)
+    """Sampling steps; None is the task's official number."""
+    shift: float | None = Field(default=None, gt=0)
+    """Flow shift of sampling; None is the task's official one."""
+    guidance: float | None = Field(default=None, ge=1)
+    """Guidance scale of both experts, 1 is without; None is the task's official pair."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
 
 
 class LoraSection(Section):

@@ -18,6 +18,7 @@ from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.training.adapters import check_adapter
 from mindspeed_wan.training.restore import check_card, training_checkpoint, weights_found
+from mindspeed_wan.training.source import evaluation_data
 
 
 def check(config: RunConfig) -> str:
@@ -51,9 +52,11 @@ def _check_start(config: RunConfig, wan: WanConfig) -> str:
 
 
 def _check_data(config: RunConfig) -> list[str]:
-    data = open_data(config)
+    data, batch = open_data(config), config.training.global_batch_size or 1
     data.bad_sample_log(None, config.data.max_bad_fraction)
-    return data.describe(config.training.global_batch_size or 1)
+    evaluated = evaluation_data(config, data)
+    lines = data.describe(batch)
+    return lines if evaluated is data else [*lines, *(f"validation {line}" for line in evaluated.describe(batch))]
 
 
 def _check_save_folder(config: RunConfig) -> None:

@@ -21,6 +21,7 @@ from mindspeed_wan.training.saving import Saver
 from mindspeed_wan.training.source import Feed
 from mindspeed_wan.training.step import TrainStep
 from mindspeed_wan.training.stop import StopRequest
+from mindspeed_wan.training.validation import ValidationLoss
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Run:
     ema: Ema | None = None
     saver: Saver | None = None
     writer: MetricsWriter | None = None
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[], ValidationLoss] | None = None
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -96,7 +97,8 @@ def _iteration(run: Run, stop: StopRequest) -> tuple[IterationReport, bool]:
     report = IterationReport(
         iteration=progress.iteration, consumed_samples=progress.consumed_samples, loss=accumulated.loss,
         grad_norm=norm, lr=rate, sigma=accumulated.sigma, seconds=time.perf_counter() - started,
-        data_seconds=run.source.waited - waited, skipped=skipped,
+        data_seconds=run.source.waited - waited, skipped=skipped, sigma_counts=accumulated.sigma_counts,
+        peak_memory_bytes=run.platform.peak_memory_bytes(),
     )
     return report, accumulated.stop
 
@@ -131,7 +133,7 @@ class _Meter:
         means.update(self._means([r for r in self._reports if not r.skipped] or self._reports, "loss"))
         mean = IterationReport(**{**vars(report), **means})
         print(log_line(mean, run.config.training.train_iters, run.rates, skipped=run.progress.skipped,
-                       peak_memory=run.platform.peak_memory_bytes()), flush=True)
+                       peak_memory=report.peak_memory_bytes), flush=True)
         self._reports.clear()
 
     @staticmethod
@@ -150,11 +152,12 @@ def _exit_interval_reached(run: Run) -> bool:
 def _evaluate_if_due(run: Run) -> None:
     if run.evaluate is None or not _due(run.config.training.eval_interval, run):
         return
-    loss = run.evaluate()
+    found = run.evaluate()
     if run.first_rank:
-        print(f" validation loss at iteration {run.progress.iteration}: {loss:.6E}", flush=True)
+        print(f" validation loss at iteration {run.progress.iteration}: {found.describe()}", flush=True)
     if run.writer is not None:
-        run.writer.validation(loss, run.progress.iteration)
+        run.writer.validation(found.loss, run.progress.iteration, quartiles=found.quartiles,
+                              sigma_bounds=found.sigma_bounds)
 
 
 def _stopped(run: Run, stop: StopRequest) -> StopRequested:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform as python_platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +31,9 @@ class IterationReport:
 
     ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping, ``sigma`` the mean noise
     fraction, ``seconds`` wall time of the step, ``data_seconds`` the part of it spent waiting for data.
-    ``skipped`` is true when the update was left out because the gradient was not finite.
+    ``skipped`` is true when the update was left out because the gradient was not finite; ``peak_memory_bytes`` is the
+    most device memory of the first rank so far; ``sigma_counts`` how many samples fell into each of 20 equal bins of
+    sigma.
     """
 
     iteration: int
@@ -43,6 +45,8 @@ class IterationReport:
     seconds: float
     data_seconds: float = 0.0
     skipped: bool = False
+    peak_memory_bytes: int = 0
+    sigma_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +139,29 @@ class MetricsWriter:
             self._stream.flush()
         except OSError as error:
             raise disk_error(error, self.path) from None
-        for name in ("loss", "grad_norm", "lr", "sigma", "seconds"):
+        for name in ("loss", "grad_norm", "lr", "sigma", "seconds", "peak_memory_bytes"):
             self._events.add_scalar(f"train/{name}", getattr(report, name), report.iteration)
 
-    def validation(self, loss: float, iteration: int) -> None:
-        """Append one evaluation to ``validation.jsonl`` and TensorBoard."""
+    def validation(self, loss: float, iteration: int, *, quartiles: Sequence[float | None] = (),
+                   sigma_bounds: Sequence[float] = ()) -> None:
+        """Append one evaluation to ``validation.jsonl`` and TensorBoard.
+
+        Args:
+            loss: mean over all samples.
+            iteration: of the weights.
+            quartiles: the same per quarter of the sigmas, from little to much noise.
+            sigma_bounds: the sigmas between them, ends included.
+        """
+        row = {"iteration": iteration, "loss": loss, "quartiles": list(quartiles), "sigma_bounds": list(sigma_bounds)}
         try:
             with open(self.path.with_name(VALIDATION_FILE), "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"iteration": iteration, "loss": loss}) + "\n")
+                stream.write(json.dumps(row) + "\n")
         except OSError as error:
             raise disk_error(error, self.path) from None
         self._events.add_scalar("validation/loss", loss, iteration)
+        for part, value in enumerate(quartiles, 1):
+            if value is not None:
+                self._events.add_scalar(f"validation/loss_sigma_quarter_{part}", value, iteration)
 
     def close(self) -> None:
         """Flush and close both files."""

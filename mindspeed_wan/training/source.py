@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+from mindspeed_wan.checkpoint.dcp import Progress
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.data.build import OpenedData, open_data
 from mindspeed_wan.data.loader import MicroBatch, Schedule, build_loader
@@ -39,6 +40,7 @@ class BatchSource:
     def __init__(self, config: RunConfig, groups: ParallelGroups, platform: Platform, consumed: int) -> None:
         section, training = config.data, config.training
         self.data: OpenedData = all_or_none(lambda: open_data(config))
+        self.evaluation_data = all_or_none(lambda: evaluation_data(config, self.data))
         self.waited = 0.0
         batch = config.global_batch(groups.dims.world_size)
         schedule = Schedule(global_batch_size=batch, micro_batch_size=training.micro_batch_size, rank=groups.dp_rank,
@@ -52,6 +54,8 @@ class BatchSource:
             pin_memory=section.pin_memory and platform.device_type == "cuda", bad_samples=log,
         )
         self.description = self.data.describe(batch)
+        if self.evaluation_data is not self.data:
+            self.description += [f"validation {line}" for line in self.evaluation_data.describe(batch)]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -64,9 +68,20 @@ class BatchSource:
             self.waited += time.perf_counter() - started
 
     def evaluation(self) -> Iterator[MicroBatch]:
-        """Return a fresh pass over the data in file order; deterministic, so it can run in this very process."""
-        sampler = evaluation_order(self.data, self._seed)
-        return build_loader(self.data.dataset, sampler, replace(self._schedule, consumed=0))
+        """Return a fresh pass over the evaluation samples in file order; deterministic, so it can run right here."""
+        sampler = evaluation_order(self.evaluation_data, self._seed)
+        return build_loader(self.evaluation_data.dataset, sampler, replace(self._schedule, consumed=0))
+
+
+def evaluation_data(config: RunConfig, training: OpenedData) -> OpenedData:
+    """Return the evaluation samples: those of ``--valid-mm-data``, or else the training clips.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    if config.valid_data is None:
+        return training
+    return open_data(config.model_copy(update={"data": config.valid_data}))
 
 
 def evaluation_order(data: OpenedData, seed: int) -> GlobalBatchSampler:
@@ -77,11 +92,14 @@ def evaluation_order(data: OpenedData, seed: int) -> GlobalBatchSampler:
 class Feed(Protocol):
     """What a run learns from, encoded and in order.
 
-    ``features`` yields this rank's micro-batches for ever; ``description`` are lines to print once.
+    ``features`` yields this rank's micro-batches, as long as the run lasts.
     """
 
     features: Iterator[Features]
-    description: list[str]
+
+    @property
+    def description(self) -> list[str]:
+        """Lines to print once."""
 
     @property
     def waited(self) -> float:
@@ -91,8 +109,8 @@ class Feed(Protocol):
         """Return the first ``count`` evaluation micro-batches of this rank."""
 
 
-FeedOpener = Callable[[RunConfig, ParallelGroups, Platform, int], Feed]
-"""Makes the feed of a run: configuration, layout, platform, samples consumed so far. Collective."""
+FeedOpener = Callable[[RunConfig, ParallelGroups, Platform, Progress], Feed]
+"""Makes the feed of a run that stands at ``Progress``. Collective."""
 
 
 class OwnFeed:
@@ -102,14 +120,18 @@ class OwnFeed:
         config: the resolved configuration.
         groups: the layout.
         platform: where the encoders run.
-        consumed: samples of the job before the first batch.
+        progress: where the run stands.
     """
 
-    def __init__(self, config: RunConfig, groups: ParallelGroups, platform: Platform, consumed: int) -> None:
-        self._source = BatchSource(config, groups, platform, consumed)
+    def __init__(self, config: RunConfig, groups: ParallelGroups, platform: Platform, progress: Progress) -> None:
+        self._source = BatchSource(config, groups, platform, progress.consumed_samples)
         self._encoders = all_or_none(lambda: Encoders(config, groups, platform))
         self.features: Iterator[Features] = self._encoders.stream(self._source)
-        self.description = self._source.description
+
+    @property
+    def description(self) -> list[str]:
+        """Lines to print once."""
+        return self._source.description
 
     @property
     def waited(self) -> float:

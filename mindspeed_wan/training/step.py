@@ -22,14 +22,21 @@ from mindspeed_wan.training.guard import BadStepError
 from mindspeed_wan.training.objective import Noised, Objective
 from mindspeed_wan.training.optimizer import AdamW
 
+SIGMA_BINS = 20
+"""Bins of [0, 1] in which a report counts sigmas."""
+
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What all ranks know after the backward passes: means over the global batch, and whether anybody must stop."""
+    """What all ranks know after the backward passes: means over the global batch, and whether anybody must stop.
+
+    ``sigma_counts``: how many of its samples had a sigma in each of ``SIGMA_BINS`` equal bins of [0, 1].
+    """
 
     loss: float
     sigma: float
     stop: bool
+    sigma_counts: tuple[int, ...] = ()
 
 
 class TrainStep:
@@ -60,34 +67,46 @@ class TrainStep:
             features: yields this rank's micro-batches in order.
             stop: this rank wants to stop after the step.
         """
-        totals = torch.zeros(2, device=self.device)
+        totals, sigmas = torch.zeros(2, device=self.device), []
         for _ in range(self.accumulation):
             # All micro-batches of a step have one size on every rank (it differs from step to step when tokens are
             # balanced over shapes), so the mean of their means is the mean over the global batch.
             losses, sigma = self.losses(next(features))
             (losses.mean() / self.accumulation).backward()
             totals += torch.stack((losses.detach().mean(), sigma.mean()))
-        return self.agree(totals / self.accumulation, stop=stop)
+            sigmas.append(sigma)
+        return self.agree(totals / self.accumulation, sigmas, stop=stop)
 
-    def agree(self, means: Tensor, *, stop: bool) -> Accumulated:
-        """Average this rank's mean (loss, sigma) over the job and ask whether anybody wants to stop. Collective."""
-        loss, sigma, stops = self.job_mean(torch.cat((means, means.new_tensor([float(stop)])))).tolist()
-        return Accumulated(loss, sigma, stops > 0)
+    def agree(self, means: Tensor, sigmas: Sequence[Tensor], *, stop: bool) -> Accumulated:
+        """Average this rank's mean (loss, sigma) over the job, and ask whether anybody wants to stop. Collective.
+
+        ``sigmas`` are those of its samples; ranks that know no loss give none.
+        """
+        counts = sum((_binned(sigma) for sigma in sigmas), means.new_zeros(SIGMA_BINS))
+        values = torch.cat((means, means.new_tensor([float(stop)]), counts))
+        loss, sigma, stops, *mean_counts = self.job_mean(values).tolist()
+        return Accumulated(loss, sigma, stops > 0, tuple(round(count * self.groups.dims.data) for count in mean_counts))
 
     def job_mean(self, values: Tensor) -> Tensor:
         """Return the mean of ``values`` over the ranks that know a loss. Collective.
 
         Tensor and context ranks repeat their data rank's numbers, so this is the mean over the batch.
         """
+        return self.job_sum(values) / self.loss_ranks
+
+    def job_sum(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values`` over all ranks of the job. Collective."""
         if self.groups.dims.world_size > 1:
             dist.all_reduce(values)
-        return values / self.loss_ranks
+        return values
 
     def evaluate(self, batches: Sequence[tuple[Features, Noised]]) -> Tensor:
-        """Return the sum of the weighted losses of these micro-batches' samples, without gradients."""
-        return torch.stack([
-            noised.losses(predict(self.model, noised.x, noised.timestep, features)).sum() for features, noised in batches
-        ]).sum()
+        """Return the weighted loss of each sample of these micro-batches [samples], without gradients.
+
+        Ranks that know no loss return zeros.
+        """
+        return torch.cat([noised.losses(predict(self.model, noised.x, noised.timestep, features))
+                          for features, noised in batches])
 
     def losses(self, batch: Features) -> tuple[Tensor, Tensor]:
         """Return (weighted loss [B], sigma [B]) of one micro-batch, with the graph attached to the loss."""
@@ -113,6 +132,12 @@ class TrainStep:
         optimizer.step(learning_rate, weight_decay)
         optimizer.zero_grad()
         return norm
+
+
+def _binned(sigma: Tensor) -> Tensor:
+    """Return how many of these sigmas lie in each bin, [SIGMA_BINS] fp32; one-hot, as its kernels are deterministic."""
+    bins = (sigma * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+    return nn.functional.one_hot(bins, SIGMA_BINS).sum(dim=0).float()
 
 
 def predict(model: nn.Module, x: Tensor, timestep: Tensor, batch: Features) -> Tensor:
