@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-oldest check bench faults soak clean
+.PHONY: help install demo test test-oldest check bench faults soak docs reference clean
 
 help:
 	@echo "make demo         install, then the main job on a tiny Wan2.2: convert, pretrain both experts, export, generate"
@@ -14,6 +14,8 @@ help:
 	@echo "make check        ruff, mypy, import rules, dependency audit"
 	@echo "make bench        every benchmark this machine can run, results in benchmarks/results/"
 	@echo "make faults       kills, damage, bad input: every property with its long count, one table (see docs/reliability.md)"
+	@echo "make docs         the documentation site in site/, English and Chinese; every warning is an error"
+	@echo "make reference    the generated pages and JSON schemas of docs/"
 	@echo "make soak         the long counts: slow tests included"
 
 install: $(STAMP)
@@ -58,5 +60,12 @@ faults: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not cuda and not npu"
 
+docs: $(STAMP)
+	$(BIN)/python -c 'import material, mkdocs_static_i18n' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+reference: $(STAMP)
+	$(BIN)/python -m mindspeed_wan.cli.reference docs
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out
+	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out

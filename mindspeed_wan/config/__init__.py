@@ -8,7 +8,7 @@
 ``documents``     JSON with comments (``jsonc``) and YAML, with the line of every key; ``validate`` their mistakes
 ``rules``         checks that need more than one value (``rules_run``, ``rules_model``), notes on likely mistakes
 ``describe``      the summary of a dry run; ``help`` the text of --help
-``json_schema``   schemas for editors; ``docs`` writes docs/reference/flags.md
+``json_schema``   schemas for editors; ``docs`` makes docs/reference/flags.md
 
 Nothing here imports torch: a bad key is reported before the slow imports begin.
 """

@@ -1,6 +1,7 @@
 """docs/reference/flags.md, made from the flag table and the file classes so that it cannot go stale.
 
-``python -m mindspeed_wan.config.docs docs/reference/flags.md`` writes it; a test compares the file with this text.
+``make reference`` (``cli.reference``) writes it with the other generated pages, and ``python -m
+mindspeed_wan.config.docs docs/reference/flags.md`` this one alone; a test compares all of them with the code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mindspeed_wan.config.flag_table import USED
 from mindspeed_wan.config.flag_table_inert import NOTED, REFUSED
 from mindspeed_wan.config.fsdp2_file import Fsdp2File
 from mindspeed_wan.config.help import usage
+from mindspeed_wan.config.json_schema import write_file
 from mindspeed_wan.config.mm_files import DataFile, ModelFile
 from mindspeed_wan.config.validate import key_paths, section_at
 from mindspeed_wan.errors import ConfigError, run_main
@@ -22,7 +24,7 @@ from mindspeed_wan.errors import ConfigError, run_main
 _HEAD = """\
 # Flags and files of pretrain_sora.py
 
-This page is made by `python -m mindspeed_wan.config.docs docs/reference/flags.md`; do not edit it by hand.
+This page is made by `make reference`; do not edit it by hand.
 
 A value comes from its default, then the file, then the flag; of repeated flags the last one wins. Names are never
 abbreviated. `--dry-run` checks everything and prints the result. An unknown flag or key stops the run with exit
@@ -41,7 +43,7 @@ def flags_page() -> str:
     parts = [_HEAD, "## Flags\n", "`*` marks our own; the others mean what they do in Megatron-LM and MindSpeed-MM.\n"]
     for title, flags in groupby(USED, key=lambda flag: flag.group):
         parts.append(f"### {title[0].upper()}{title[1:]}\n\n| flag | meaning |\n|---|---|")
-        rows = [f"| `{_cell(usage(flag))}`{' *' if flag.own else ''} | {flag.help} |" for flag in flags]
+        rows = [f"| `{cell(usage(flag))}`{' *' if flag.own else ''} | {flag.help} |" for flag in flags]
         parts.append("\n".join(rows) + "\n")
     parts.append("### Accepted without effect\n\nThe run says so once.\n\n| flag | why |\n|---|---|")
     parts.append("\n".join(f"| `{flag.name}` | {flag.reason} |" for flag in NOTED) + "\n")
@@ -49,21 +51,21 @@ def flags_page() -> str:
     parts.append("\n".join(f"| `{flag.name}` | {flag.reason} |" for flag in REFUSED) + "\n")
     parts.append("## Files\n\nJSON may hold `//` comments and trailing commas.\n")
     for title, kind in _FILES:
-        parts.append(f"### {title}\n\n| key | default | meaning |\n|---|---|---|")
-        parts.append("\n".join(_key_rows(kind)) + "\n")
+        parts.append(f"### {title}\n\n{key_table(kind)}\n")
     return "\n".join(parts)
 
 
-def _key_rows(kind: type[BaseModel]) -> list[str]:
-    rows = []
+def key_table(kind: type[BaseModel]) -> str:
+    """Return a table of every key of a file: dotted path, default, meaning."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
     for path in key_paths(kind):
         owner = section_at(kind, path[:-1])
         if owner is None or section_at(kind, path) is not None:
             continue  # blocks are listed through their keys
         field = owner.model_fields[str(path[-1])]
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        rows.append(f"| `{'.'.join(map(str, path))}` | {default} | {field.description} |")
-    return rows
+        rows.append(f"| `{'.'.join(map(str, path))}` | {default} | {cell(str(field.description))} |")
+    return "\n".join(rows)
 
 
 def _default(value: object) -> str:
@@ -74,7 +76,8 @@ def _default(value: object) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Return a text as it may stand in a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
@@ -83,11 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if len(words) != 1 or words[0].startswith("-"):
         raise ConfigError("one path is needed", fix="python -m mindspeed_wan.config.docs docs/reference/flags.md")
-    path = Path(words[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(flags_page(), encoding="utf-8")
-    partial.replace(path)
+    write_file(Path(words[0]), flags_page())
     return 0
 
 

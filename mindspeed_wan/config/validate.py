@@ -13,6 +13,8 @@ from mindspeed_wan.config.documents import Document, KeyPath
 from mindspeed_wan.errors import ConfigError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+SCHEMA_KEY = "$schema"
+"""At the top of a file: where an editor finds the schema. It says nothing else."""
 
 
 def validate(kind: type[Model], document: Document, why: dict[str, str]) -> tuple[Model | None, list[ConfigError]]:
@@ -31,7 +33,8 @@ def validate(kind: type[Model], document: Document, why: dict[str, str]) -> tupl
         return None, [ConfigError(f"expected an object with keys, found a {found}", where=document.where())]
     try:
         # JSON mode is strict (no "81" for 81, no true for 1) and yet takes lists for tuples.
-        text = json.dumps(document.value, default=str)
+        value = {key: item for key, item in document.value.items() if key != SCHEMA_KEY}
+        text = json.dumps(value, default=str)
         return kind.model_validate_json(text, strict=True), []
     except ValidationError as error:
         return None, list(_explain(kind, document, error, why))

@@ -1,7 +1,11 @@
-"""Documentation that cannot rot: links resolve, JSON parses, and every command names real scripts, verbs and flags."""
+"""Documentation that cannot rot: links and anchors resolve, JSON parses, every command names real scripts, verbs and
+flags, generated pages are the code's. The tutorials' commands are run in tests/launches/test_tutorials.py.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shlex
@@ -11,35 +15,78 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+RUN_ELSEWHERE = "docs/tutorials/"
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)]*)?\)")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)]*))?\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
-def _blocks(language: str) -> list[tuple[str, str]]:
-    return [(page.relative_to(ROOT).as_posix(), text) for page in PAGES
-            for kind, text in _FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+def _is_translation(page: Path) -> bool:
+    """Code of translations is that of the page itself (tests/architecture/test_docs_chinese.py)."""
+    return page.name.endswith((".zh.md", "_zh.md"))
+
+
+def _blocks(*languages: str) -> list[tuple[str, str]]:
+    return [(page.relative_to(ROOT).as_posix(), text) for page in PAGES if not _is_translation(page)
+            for kind, text in _FENCE.findall(page.read_text(encoding="utf-8")) if kind in languages]
 
 
 def _commands() -> list[tuple[str, str]]:
     """Every shell command of every page, with continued lines joined and comments dropped."""
     found = []
-    for page, text in _blocks("bash"):
+    for page, text in _blocks("bash", "shell", "sh"):
+        if page.startswith(RUN_ELSEWHERE):
+            continue
         for line in text.replace("\\\n", " ").splitlines():
             if line.strip() and not line.lstrip().startswith("#"):
                 found.append((page, line.strip()))
     return found
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in _HEADING.findall(text)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_inside_the_repository_resolve(page: Path) -> None:
-    targets = [target for target, _ in _LINK.findall(page.read_text(encoding="utf-8"))]
-    missing = [t for t in targets if not t.startswith(("http", "mailto:")) and not (page.parent / t).exists()]
-    assert not missing
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target, anchor in _LINK.findall(text):
+        if target.startswith(("http", "mailto:")):
+            continue
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(found), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize(("page", "text"), _blocks("json"))
 def test_json_blocks_parse(page: str, text: str) -> None:
     assert json.loads(text) is not None, page
+
+
+@pytest.mark.parametrize(("page", "text"), _blocks("python"))
+def test_python_blocks_import_what_is_there(page: str, text: str) -> None:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mindspeed_wan"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, name.name) for name in node.names), f"{page}: {ast.unparse(node)}"
+
+
+def test_generated_pages_are_current() -> None:
+    """If this fails: make reference."""
+    from mindspeed_wan.cli.reference import pages
+
+    stale = [name for name, text in pages().items() if (ROOT / "docs" / name).read_text(encoding="utf-8") != text]
+    assert not stale
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    written = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")
+               if not _is_translation(page)}
+    assert named == written
 
 
 @pytest.mark.parametrize(("page", "command"), _commands())
@@ -62,10 +109,8 @@ def _check_make(words: list[str]) -> None:
 def _check_convert(words: list[str]) -> None:
     from mindspeed_wan_converters import cli
 
-    _, rest = cli._split_names(words[1:])
-    known = set(cli._parser()._option_string_actions)
-    unknown = [w.split("=")[0] for w in rest if w.startswith("--") and w.split("=")[0] not in known]
-    assert not unknown
+    _, rest = cli._split_names([w for w in words[1:] if w != ">" and not w.endswith("conversion.yaml")])
+    cli._parser().parse_args([w for w in rest if w != "--config"])
 
 
 def _check_bash(words: list[str]) -> None:
@@ -85,14 +130,13 @@ def _check_bash(words: list[str]) -> None:
 def _check_inference_flags(flags: list[str]) -> None:
     from mindspeed_wan.inference import flags as inference_flags
 
-    known = {flag.name for group in inference_flags._GROUPS.values() for flag in group}
-    named = [w[2:].split("=")[0].replace("-", "_") for w in flags if w.startswith("--")]
-    assert set(named) - {"device", "dry_run", "help"} <= known
+    problems: list[str] = []
+    inference_flags._read_words([word for word in flags if word not in ("--dry-run", "--help")], problems)
+    assert not problems
 
 
 def _check_command_line(words: list[str]) -> None:
     import argparse
-    import importlib
 
     from mindspeed_wan.cli.main import available_commands
 

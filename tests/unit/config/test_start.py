@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -11,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from mindspeed_wan.config import docs, json_schema
+from mindspeed_wan.config.documents import read_document
 from mindspeed_wan.config.flag_table import USED
 from mindspeed_wan.config.flag_table_inert import ALL_FLAGS, NOTED, REFUSED
 from mindspeed_wan.config.flags import parse
 from mindspeed_wan.config.help import WIDTH, help_text
+from mindspeed_wan.config.mm_files import ModelFile
 from mindspeed_wan.config.schema import RunConfig
-from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.config.validate import validate
 from tests.unit.config.world import World
 
 ROOT = Path(__file__).parents[3]
@@ -98,12 +99,15 @@ def test_reference_page_is_current():
     assert page.read_text(encoding="utf-8") == docs.flags_page(), "python -m mindspeed_wan.config.docs " + str(page)
 
 
-def test_json_schemas_are_written(tmp_path: Path):
-    paths = json_schema.write_schemas(tmp_path / "schemas")
-    model = json.loads(paths[0].read_text())
-    assert [path.name for path in paths] == ["model.schema.json", "data.schema.json", "fsdp2.schema.json"]
+def test_json_schemas():
+    model = json_schema.schema(*json_schema.FILES["model"])
     assert model["additionalProperties"] is False
     assert model["$defs"]["PredictorFile"]["properties"]["num_heads"]["description"] == "Attention heads."
-    for main in (json_schema.main, docs.main):
-        with pytest.raises(ConfigError):
-            main([])
+
+
+def test_schema_key_is_no_mistake(tmp_path: Path):
+    path = tmp_path / "model.json"
+    path.write_text('{"$schema": "./model.schema.json", "task": "t2v"}')
+    assert validate(ModelFile, read_document(path), {})[1] == []
+    path.write_text('{"predictor": {"$schema": "x"}}')
+    assert len(validate(ModelFile, read_document(path), {})[1]) == 1
