@@ -131,6 +131,8 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("quantize_keep", "quantize_keep", str, "block layers that stay as they are: blocks.0 ffn.2", many=True),
         Flag("memory", "memory", str, "auto, resident, sequential (one expert on the device) or block (stream blocks)"),
         Flag("gpu_memory_mode", "memory", str, "VideoX-Fun's names: model_full_load, model_cpu_offload ..."),
+        Flag("attention", "attention", str, "auto, sdpa, torch_flash, torch_efficient, torch_math, cudnn, flash2, "
+             "flash3, sage or npu"),
         Flag("compile", "compile_blocks", parse_bool, "torch.compile each block; the first step takes minutes"),
         Flag("offload_model", "offload_model", parse_bool, "true is --memory sequential, false is --memory resident"),
         Flag("t5_cpu", "t5_cpu", parse_bool, "encode prompts on the CPU"),

@@ -43,6 +43,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vae_dtype": ("bf16", "fp32", "fp16"),
     "text_dtype": ("bf16", "fp32", "fp16"),
     "memory": ("auto", "resident", "sequential", "block"),
+    "attention": ("auto", "sdpa", "torch_flash", "torch_efficient", "torch_math", "cudnn", "flash2", "flash3", "sage",
+                  "npu"),
     "text_device": ("auto", "cpu", "device"),
     "conditioning": ("official", "diffusers", "videox"),
 }
@@ -112,6 +114,7 @@ class GenerateOptions:
     text_dtype: str | None = None
     memory: str = "auto"
     compile_blocks: bool = False
+    attention: str = "auto"
     text_device: str = "auto"
     vae_tile: tuple[int, int, int, int] | None = None
     layout: InferenceLayout = field(default_factory=InferenceLayout)
@@ -174,6 +177,9 @@ class GenerateOptions:
             if value is not None and value not in legal:
                 hint = did_you_mean(str(value), legal)
                 found.append(f"{name} is {value!r}; use one of {', '.join(legal)}" + (f" ({hint})" if hint else ""))
+        if self.layout.ring > 1 and self.attention not in ("auto", "sdpa", "npu"):
+            found.append(f"--attention {self.attention} with --ring_size {self.layout.ring}: the ring merges partial "
+                         "results of kernels that give their log-sum-exp, which are auto's; drop it, or use Ulysses")
         return found
 
     def _sampling_problems(self) -> list[str]:
@@ -270,6 +276,7 @@ class GenerateOptions:
         cache = {"cache": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.cache).items()}}
         return {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, **values, **images,
                 **(cache if self.cache.method != "none" else {}),
+                **({"attention": self.attention} if self.attention != "auto" else {}),
                 **({"guidance_limits": asdict(self.guidance_limits)} if self.guidance_limits else {}),
                 **({"lora": self.lora.settings()} if self.lora else {}),
                 **({"quantize": self.quantize.settings()} if self.quantize else {}), "weights": weights}

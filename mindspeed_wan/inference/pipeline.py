@@ -36,7 +36,7 @@ from mindspeed_wan.inference.step_cache import StepCache
 from mindspeed_wan.inference.vae_parallel import ParallelVAE
 from mindspeed_wan.models.quantization_spec import expert_bytes
 from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape
-from mindspeed_wan.platforms import get_platform
+from mindspeed_wan.platforms import attention, get_platform, ops
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ class GeneratedVideo:
         steps: seconds of each step by expert.
         settings: everything that decides the content.
         evaluations: times that this rank ran the blocks of a DiT.
+        processor_seconds: processor time of the denoising steps in this process.
     """
 
     latents: Tensor
@@ -62,6 +63,7 @@ class GeneratedVideo:
     steps: dict[str, list[float]]
     settings: dict[str, Any]
     evaluations: int = 0
+    processor_seconds: float = 0.0
 
     def save(self, path: str | Path, *, crf: int = 18) -> None:
         """Write an mp4; does nothing on ranks without the video."""
@@ -93,6 +95,9 @@ class WanGenerator:
     """
 
     def __init__(self, folder: ModelFolder, options: GenerateOptions, runtime: Runtime) -> None:
+        if options.compile_blocks:
+            check_compiler(runtime.platform)
+        _check_attention(options, runtime)
         self.folder, self.options, self.runtime = folder, options, runtime
         self.prompts = PromptEncoder(
             folder, runtime, dtype=options.text_dtype or options.dtype, device=options.text_device,
@@ -131,8 +136,6 @@ class WanGenerator:
         options = with_folder_defaults(options, folder)
         options.check(num_heads=folder.config.num_heads, whole_list=whole_list)
         platform = get_platform(options.device)
-        if options.compile_blocks:
-            check_compiler(platform)
         return cls(folder, options, start(platform, options.layout, options.timeout_minutes))
 
     def __call__(
@@ -189,7 +192,8 @@ class WanGenerator:
             boundary=options.boundary, cache=cache, guidance_plan=self.guidance_plan(options),
         )
         noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
-        latents, times = denoiser.run(noise, conditions, on_progress)
+        with ops.use_attention(options.attention):
+            latents, times = denoiser.run(noise, conditions, on_progress)
         self._report_cache(cache, options)
         video = None
         if decode:
@@ -198,6 +202,7 @@ class WanGenerator:
         return GeneratedVideo(
             latents=latents[0].cpu(), video=video, fps=options.fps, seconds=_all_seconds(watch, times),
             steps=times.seconds, settings=settings, evaluations=times.evaluations,
+            processor_seconds=times.processor_seconds,
         )
 
     def _cache(self, options: GenerateOptions, schedule: SigmaSchedule) -> StepCache | Recorder | None:
@@ -265,6 +270,11 @@ class WanGenerator:
             self.adapters = read_adapters(lora, self.folder.config, tuple(self.folder.experts), self.runtime)
             self._experts.exchange(self.adapters)
 
+    def release(self) -> None:
+        """Give every loaded model up; what is used again loads again."""
+        self.prompts.release()
+        self._experts, self._vae, self.adapters, self.plan = None, None, None, None
+
     def vae(self) -> WanVAE:
         """Return the VAE, loading it on first use (on every rank that takes part in decoding)."""
         if self._vae is None:
@@ -304,6 +314,13 @@ class WanGenerator:
             block_share=2 / config.num_layers + 0.05, host=self.runtime.platform.device_type == "cpu",
             fsdp=layout.dit_fsdp,
         )
+
+
+def _check_attention(options: GenerateOptions, runtime: Runtime) -> None:
+    """Raise ``ConfigError`` if the attention backend is not there, or not for this device and dtype."""
+    if options.attention != "auto":
+        attention.check_backend(options.attention, needs_grad=False)
+        attention.check_device(options.attention, runtime.platform.device_type, DTYPES[options.dtype])
 
 
 def with_folder_defaults(options: GenerateOptions, folder: ModelFolder) -> GenerateOptions:

@@ -2,7 +2,7 @@
 
 ``platforms/ops.py`` is the door; nothing else calls this file. A kernel takes sequence-first ``q [Lq, B, N, D]``,
 ``k, v [Lk, B, N, D]`` and a scale. The libraries behind ``flash2``, ``flash3`` and ``sage`` are
-imported when asked for.
+imported when asked for. ``sdpa`` lets PyTorch choose among its own kernels, the ``torch_`` names choose for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mindspeed_wan.errors import ConfigError, did_you_mean
 
@@ -47,6 +48,16 @@ def _batch_first(x: Tensor) -> Tensor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """PyTorch's own attention: every device, every dtype, differentiable."""
     return sequence_first(F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), scale=scale))
+
+
+def _chosen_sdpa(backend: SDPBackend) -> AttentionKernel:
+    """Return PyTorch's attention with one of its kernels and no other."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v, scale)
+
+    return attention
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -91,21 +102,35 @@ def npu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Backend:
-    """An attention backend: its kernel, what must be importable, how to get it, whether it can train."""
+    """An attention backend: its kernel, what must be importable, how to get it, whether it can train.
+
+    Attributes:
+        devices: torch device types it runs on; empty means all.
+        half_only: takes bf16 and fp16 only (on CUDA).
+    """
 
     kernel: AttentionKernel
     module: str | None = None
     install: str | None = None
     has_backward: bool = True
+    devices: tuple[str, ...] = ()
+    half_only: bool = False
 
 
+_CUDA = ("cuda",)
 BACKENDS = {
     "sdpa": Backend(sdpa),
-    "cudnn": Backend(cudnn),
-    "flash2": Backend(flash2, "flash_attn", "pip install flash-attn --no-build-isolation"),
-    "flash3": Backend(flash3, "flash_attn_interface", "build it from the hopper folder of flash-attention"),
-    "sage": Backend(sage, "sageattention", "build SageAttention 2 from source", has_backward=False),
-    "npu": Backend(npu, "torch_npu", "pip install torch_npu (needs CANN)"),
+    "torch_flash": Backend(_chosen_sdpa(SDPBackend.FLASH_ATTENTION), devices=("cuda", "cpu"), half_only=True),
+    "torch_efficient": Backend(_chosen_sdpa(SDPBackend.EFFICIENT_ATTENTION), devices=_CUDA),
+    "torch_math": Backend(_chosen_sdpa(SDPBackend.MATH)),
+    "cudnn": Backend(cudnn, devices=_CUDA, half_only=True),
+    "flash2": Backend(flash2, "flash_attn", "pip install flash-attn --no-build-isolation", devices=_CUDA,
+                      half_only=True),
+    "flash3": Backend(flash3, "flash_attn_interface", "build it from the hopper folder of flash-attention",
+                      devices=_CUDA, half_only=True),
+    "sage": Backend(sage, "sageattention", "build SageAttention 2 from source", has_backward=False, devices=_CUDA,
+                    half_only=True),
+    "npu": Backend(npu, "torch_npu", "pip install torch_npu (needs CANN)", devices=("npu",)),
 }
 
 
@@ -134,6 +159,18 @@ def check_backend(name: str, *, needs_grad: bool) -> None:
             f"attention backend '{name}' needs the module '{backend.module}', which is not installed",
             fix=f"{backend.install}; or use auto",
         )
+
+
+def check_device(name: str, device_type: str, dtype: torch.dtype) -> None:
+    """Raise ``ConfigError`` if the backend (a known one) does not run on a device or not with a dtype there."""
+    backend = BACKENDS[name]
+    if backend.devices and device_type not in backend.devices:
+        legal = [known for known, other in BACKENDS.items() if not other.devices or device_type in other.devices]
+        raise ConfigError(f"attention backend '{name}' runs on {' and '.join(backend.devices)}, not on {device_type}",
+                          fix=f"use auto, {', '.join(legal)}")
+    if backend.half_only and device_type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(f"attention backend '{name}' takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}",
+                          fix="use auto, sdpa or torch_efficient, or another dtype")
 
 
 def kernel(name: str) -> AttentionKernel:

@@ -92,7 +92,7 @@ def use(name: str) -> _Override:
 
 
 def use_attention(name: str, *, needs_grad: bool = False) -> _Override:
-    """Use an attention backend (``auto``, ``sdpa``, ``cudnn``, ``flash2``, ``flash3``, ``sage``, ``npu``) from now on.
+    """Use an attention backend (``auto`` or a name of ``platforms.attention.BACKENDS``) from now on.
 
     ``auto`` is what the kernel set in use prefers. Raises ``ConfigError`` for an unknown name, for a library that is
     not installed, and for a backend without a backward when ``needs_grad``. Also a context manager, as ``use`` is.

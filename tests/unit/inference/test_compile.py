@@ -71,3 +71,23 @@ def test_machines_that_cannot_compile_say_so(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_flag() -> None:
     assert parse(["--ckpt_dir", "w", "--prompt", "x", "--compile"], world_size=1).compile_blocks
+
+
+def test_attention_by_name(counters: dict) -> None:
+    from mindspeed_wan.inference.options import CHOICES
+    from mindspeed_wan.platforms import attention, ops
+
+    assert CHOICES["attention"] == ("auto", *attention.BACKENDS)
+    exact = _generator()(**ASK).latents
+    made = _generator(attention="torch_math")(**ASK).latents
+    assert 0 < float((made - exact).norm() / exact.norm()) < 1e-4
+    assert ops.attention_in_use() == "sdpa"  # only while generating
+    with pytest.raises(ConfigError, match="not on cpu"):
+        _generator(attention="cudnn")
+    with pytest.raises(ConfigError, match="sageattention"):
+        _generator(attention="sage")
+    words = ["--ckpt_dir", "w", "--prompt", "x", "--attention"]
+    with pytest.raises(ConfigError, match="did you mean 'flash3'"):
+        parse([*words, "flash"], world_size=1)
+    with pytest.raises(ConfigError, match="the ring merges partial results"):
+        parse([*words, "sage", "--ring_size", "2"], world_size=2)

@@ -1,6 +1,9 @@
 """The reference operations against independent formulas, their gradients, and how kernels are chosen."""
 
+import importlib.util
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -233,3 +236,89 @@ def test_sage_refuses_a_call_that_needs_gradients():
     q = random(4, 1, 2, 8)
     with pytest.raises(ConfigError, match="no backward"):
         ops.attention(q, q, q, backend="sage")
+
+
+def _backends_here():
+    """Every backend that this machine can run on some device, with the device and the loosest tolerance it needs."""
+    for name, backend in kernels.BACKENDS.items():
+        devices = [d for d in ("cpu", "cuda") if not backend.devices or d in backend.devices]
+        for device in devices:
+            needs = [pytest.mark.cuda] if device == "cuda" else []
+            if device == "cuda" and not torch.cuda.is_available():
+                needs.append(pytest.mark.skip(reason="no GPU"))
+            elif backend.module and importlib.util.find_spec(backend.module) is None:
+                needs.append(pytest.mark.skip(reason=f"{backend.module} is not installed"))
+            yield pytest.param(name, device, marks=needs, id=f"{name}-{device}")
+
+
+@pytest.mark.parametrize(("name", "device"), _backends_here())
+@pytest.mark.parametrize("kv_length", [None, 150])
+def test_every_backend_equals_the_formula(name, device, kv_length):
+    """Cross- and self-attention lengths of no round size, 128 channels a head as in Wan; gradients where it has any."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (random(length, 2, 3, 128, dtype=dtype, seed=seed) for seed, length in enumerate((77, 200, 200)))
+    backend = kernels.BACKENDS[name]
+    moved = [x.detach().to(device).requires_grad_(backend.has_backward) for x in (q, k, v)]
+    out = ops.attention(*moved, kv_length=kv_length, backend=name)
+    expected = softmax_attention(q, k[:kv_length], v[:kv_length])
+    close = 1e-5 if dtype == torch.float32 else 6e-2 if name == "sage" else 1e-2
+    assert out.shape == q.shape and out.dtype == dtype
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=close, atol=close)
+    if backend.has_backward:
+        cotangent = torch.randn_like(expected)
+        grads = torch.autograd.grad(out, moved, cotangent.to(out))
+        wanted = torch.autograd.grad(expected, (q, k, v), cotangent)
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad.cpu().float(), want.float(), rtol=10 * close, atol=10 * close)
+
+
+def _library(name, **functions):
+    module = types.ModuleType(name)
+    for key, function in functions.items():
+        setattr(module, key, function)
+    return module
+
+
+def _batch_first(q, k, v, scale):
+    return softmax_attention(*(x.transpose(0, 1) for x in (q, k, v)), scale).transpose(0, 1).to(q.dtype)
+
+
+def test_libraries_are_called_by_their_own_signatures(monkeypatch):
+    """flash-attn 2 and 3 and SageAttention as they declare themselves, batch first; only the arithmetic is ours."""
+
+    def flash2(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        assert dropout_p == 0 and not causal
+        return _batch_first(q, k, v, softmax_scale)
+
+    def flash3(q, k, v, softmax_scale=None, causal=False):
+        assert not causal
+        return _batch_first(q, k, v, softmax_scale), torch.zeros(1)
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False):
+        assert tensor_layout == "NHD" and not is_causal and not return_lse
+        return _batch_first(q, k, v, sm_scale)
+
+    libraries = {"flash_attn": {"flash_attn_func": flash2}, "flash_attn_interface": {"flash_attn_func": flash3},
+                 "sageattention": {"sageattn": sageattn}}
+    for name, functions in libraries.items():
+        monkeypatch.setitem(sys.modules, name, _library(name, **functions))
+    q, k, v = (random(length, 2, 3, 8, seed=seed).detach() for seed, length in enumerate((7, 11, 11)))
+    for name in ("flash2", "flash3", "sage"):
+        torch.testing.assert_close(ops.attention(q, k, v, scale=0.3, backend=name), ops.attention(q, k, v, scale=0.3))
+
+
+def test_backends_know_their_devices_and_dtypes():
+    for name in ("torch_efficient", "cudnn", "flash2", "sage", "npu"):
+        with pytest.raises(ConfigError, match=r"(?s)not on cpu.*use auto, sdpa, torch_flash, torch_math"):
+            kernels.check_device(name, "cpu", torch.float32)
+    with pytest.raises(ConfigError, match="takes bf16 and fp16, not float32"):
+        kernels.check_device("flash3", "cuda", torch.float32)
+    kernels.check_device("torch_efficient", "cuda", torch.float32)
+    kernels.check_device("torch_flash", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["torch_flash", "torch_math"])
+def test_a_chosen_kernel_compiles_without_a_graph_break(name):
+    q = random(8, 1, 2, 8)
+    compiled = torch.compile(lambda x: ops.attention(x, x, x, backend=name), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), ops.attention(q, q, q))
