@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from mindspeed_wan.checkpoint.torch_file import DTYPES, TensorRef, read_torch_file
 from mindspeed_wan.errors import CheckpointError
@@ -22,10 +22,38 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mindspeed_wan.models.quantization import QuantizedView
-
 Box = Sequence[slice]
 """One ``slice(start, stop)`` per dimension, in elements of the whole tensor."""
+
+
+class QuantizedTarget(Protocol):
+    """A weight that is rounded to 8 bits while it is read (``models.quantization.QuantizedView``)."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the whole weight."""
+
+    @property
+    def codes(self) -> Tensor:
+        """Global view of the codes: which box this rank holds."""
+
+    @property
+    def format(self) -> str:
+        """``fp8`` or ``int8``."""
+
+    @property
+    def change(self) -> Any:
+        """What is added before rounding, or ``None``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where to round."""
+
+    def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's codes and fp32 scales of its ``rows``, of which all columns are given."""
+
+    def store(self, codes: Tensor, scales: Tensor) -> None:
+        """Put them in place."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +244,7 @@ def local_box(view: Tensor) -> tuple[slice, ...] | None:
 
 
 def copy_into(
-    files: TensorFiles, targets: Mapping[str, Tensor | QuantizedView], names: Mapping[str, str] | None = None
+    files: TensorFiles, targets: Mapping[str, Tensor | QuantizedTarget], names: Mapping[str, str] | None = None
 ) -> None:
     """Read every target's own box and copy it in place, cast to the target's dtype or quantised.
 
@@ -244,7 +272,7 @@ def copy_into(
 
 
 def read_quantized(
-    files: TensorFiles, name: str, view: QuantizedView, device: torch.device | str = "cpu"
+    files: TensorFiles, name: str, view: QuantizedTarget, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor] | None:
     """Return the codes and fp32 scales of this rank's part of tensor ``name``; ``None`` when it holds nothing of it.
 

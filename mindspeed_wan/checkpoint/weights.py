@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 from mindspeed_wan.checkpoint.manifest import MANIFEST_NAME, verify_manifest
 from mindspeed_wan.checkpoint.sources import Found, check_expert, check_names_and_shapes, find, open_weights
-from mindspeed_wan.checkpoint.stored import copy_into
+from mindspeed_wan.checkpoint.stored import QuantizedTarget, copy_into
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.parallel.agreement import all_or_none, first_decides
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mindspeed_wan.models.quantization import QuantizedView
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class LoadReport:
     seconds: float
 
 
-def load_model_weights(path: str | Path, views: Mapping[str, Tensor | QuantizedView], config: WanConfig, *,
+def load_model_weights(path: str | Path, views: Mapping[str, Tensor | QuantizedTarget], config: WanConfig, *,
                        expert: str | None = None, step: int | None = None, full_hash: bool = False) -> LoadReport:
     """Load the weights at ``path`` into ``views``, in place, cast to the model's dtypes. Collective.
 
@@ -60,7 +58,7 @@ def checked(found: Found, *, full_hash: bool = False) -> Found:
     return found
 
 
-def read_weights(found: Found, views: Mapping[str, Tensor | QuantizedView], config: WanConfig) -> int:
+def read_weights(found: Found, views: Mapping[str, Tensor | QuantizedTarget], config: WanConfig) -> int:
     """Read this rank's slices of every parameter of ``config`` into ``views``; returns the bytes read. Not collective.
 
     ``views`` may hold further entries (adapters); they are left alone.
