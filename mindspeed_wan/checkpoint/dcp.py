@@ -320,7 +320,8 @@ def load(found: Found, views: Mapping[str, Tensor], optimizer: OptimizerState, *
     progress = first_decides(lambda: read_progress(found.path))
     moments = optimizer.moments() if with_moments else {}
     state = state_views(views, optimizer, with_moments=with_moments, ema=ema, moments=moments)
-    all_or_none(lambda: _read_state(found.path, state))
+    elsewhere = _keys_elsewhere(state)
+    all_or_none(lambda: _read_state(found.path, state, elsewhere))
     optimizer.masters_to_parameters()
     if with_moments:
         optimizer.take_moments(moments)
@@ -329,7 +330,20 @@ def load(found: Found, views: Mapping[str, Tensor], optimizer: OptimizerState, *
     return progress
 
 
-def _read_state(folder: Path, state: Mapping[str, Tensor]) -> None:
+def _keys_elsewhere(state: Mapping[str, Tensor]) -> set[str]:
+    """Return the keys that only other ranks hold: those of the other pipeline stages. Collective."""
+    from torch.distributed.tensor import DTensor
+
+    view = next(iter(state.values()), None)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(view, DTensor) or view.device_mesh.size() == ranks:
+        return set()
+    keys: list[list[str]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(keys, list(state))
+    return {key for part in keys for key in part}.difference(state)
+
+
+def _read_state(folder: Path, state: Mapping[str, Tensor], elsewhere: set[str]) -> None:
     with open_dcp(folder) as files:
         names = {key: key for key in state}
         if not any(key.startswith("ema.") for key in files.tensors):
@@ -338,7 +352,8 @@ def _read_state(folder: Path, state: Mapping[str, Tensor]) -> None:
                 key.startswith("optimizer.") for key in state):
             raise CheckpointError("was saved without optimizer state (--no-save-optim)", where=str(folder),
                                   fix="pass --no-load-optim to go on with fresh moments")
-        _check_state(files.tensors, state, names, folder)
+        here = {key: stored for key, stored in files.tensors.items() if key not in elsewhere}
+        _check_state(here, state, names, folder)
         copy_into(files, state, names)
 
 

@@ -61,10 +61,11 @@ def checked(found: Found, *, full_hash: bool = False) -> Found:
 def read_weights(found: Found, views: Mapping[str, Tensor | QuantizedTarget], config: WanConfig) -> int:
     """Read this rank's slices of every parameter of ``config`` into ``views``; returns the bytes read. Not collective.
 
-    ``views`` may hold further entries (adapters); they are left alone.
+    ``views`` may hold further entries (adapters); they are left alone. Parameters without a view belong to another
+    pipeline stage.
     """
     wanted = {param.mm: param.shape for param in parameter_table(config)}
     with open_weights(found, config) as files:
         check_names_and_shapes(files, wanted, config)
-        copy_into(files, {name: views[name] for name in wanted})
+        copy_into(files, {name: views[name] for name in wanted if name in views})
         return files.bytes_read

@@ -86,7 +86,7 @@ class PredictorFile(Section):
     num_layers: int = Field(default=40, ge=1)
     """Blocks."""
     pipeline_num_layers: list[int] | list[list[int]] | None = None
-    """Blocks per pipeline stage; not read while pipeline parallel is 1."""
+    """Blocks per pipeline stage, or one such list per virtual chunk; not read while pipeline parallel is 1."""
     qk_norm: Literal[True] = True
     """Normalise queries and keys."""
     qk_norm_type: Literal["rmsnorm"] = "rmsnorm"

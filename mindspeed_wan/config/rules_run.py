@@ -12,17 +12,61 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """File beside the iterations of a checkpoint root."""
 
 
-def pipeline_is_refused(config: RunConfig, ranks: int | None) -> list[ConfigError]:
-    """Pipeline stages are not available; virtual ones need real ones."""
-    parallel = config.parallel
-    if parallel.pipeline > 1:
-        beside = " (and FSDP2 does not combine with a pipeline)" if parallel.use_torch_fsdp2 else ""
-        message = f"--pipeline-model-parallel-size {parallel.pipeline} is not available yet{beside}"
-        return mistake(message, "use 1, and save memory with --use-torch-fsdp2 and --context-parallel-size")
-    if parallel.virtual_pipeline:
-        message = f"--virtual-pipeline-model-parallel-size {parallel.virtual_pipeline} without pipeline stages"
-        return mistake(message, "leave it out")
+def pipeline_combines(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """What does not go with pipeline stages is refused."""
+    parallel, found = config.parallel, []
+    if parallel.pipeline == 1:
+        if parallel.virtual_pipeline:
+            message = f"{parallel.virtual_pipeline} virtual pipeline chunks without pipeline stages"
+            return mistake(message, "leave it out, or raise --pipeline-model-parallel-size")
+        return []
+    if parallel.use_torch_fsdp2:
+        message = (f"--pipeline-model-parallel-size {parallel.pipeline} with --use-torch-fsdp2: a stage runs many "
+                   "micro-batches per step, and FSDP2 would gather its parameters anew for each")
+        found += mistake(message, "use one of the two; tensor and context parallel go with both")
+    if config.lora is not None and config.lora.dropout:
+        message = "--lora-dropout with pipeline stages: several micro-batches are under way, and masks belong to one"
+        found += mistake(message, "use --lora-dropout 0, or no pipeline")
+    return found
+
+
+def pipeline_splits_blocks(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Every chunk of every stage gets a block, and pipeline_num_layers counts all of them."""
+    parallel, wan, rows = config.parallel, config.model.wan, config.model.pipeline_num_layers
+    if parallel.pipeline == 1:
+        return []
+    stages, chunks, key = parallel.pipeline, parallel.virtual_pipeline or 1, "model:predictor.pipeline_num_layers"
+    if not rows:
+        if wan.num_layers >= stages * chunks:
+            return []
+        message = f"{wan.num_layers} blocks cannot be split into {stages} pipeline stages x {chunks} chunks"
+        return mistake(message, f"use at most {wan.num_layers} in all")
+    shown = [list(row) for row in rows] if len(rows) > 1 else list(rows[0])
+    if {len(row) for row in rows} != {stages} or len(rows) != chunks:
+        message = f"pipeline_num_layers {shown} is not {chunks} x {stages} numbers (virtual chunks x pipeline stages)"
+        return mistake(message, "make it fit --pipeline-model-parallel-size and --virtual-pipeline-model-parallel-size,"
+                       " or leave it out for an even split", key=key)
+    if any(count < 1 for row in rows for count in row):
+        return mistake(f"pipeline_num_layers {shown} has a stage without blocks", "give each at least 1", key=key)
+    total = sum(map(sum, rows))
+    if total != wan.num_layers:
+        message = f"pipeline_num_layers {shown} adds up to {total} blocks, the model has {wan.num_layers}"
+        return mistake(message, "correct the numbers", key=key)
     return []
+
+
+def interleaving_divides(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Megatron's interleaved schedule passes micro-batches on in groups of as many as there are stages."""
+    parallel = config.parallel
+    if not parallel.virtual_pipeline or parallel.pipeline == 1 or ranks is None or ranks % parallel.model_parallel:
+        return []
+    count = config.gradient_accumulation(ranks)
+    if count % parallel.pipeline == 0:
+        return []
+    message = (f"{count} micro-batches per step are not a multiple of {parallel.pipeline} pipeline stages, which "
+               "virtual chunks need")
+    step = config.training.micro_batch_size * parallel.data(ranks) * parallel.pipeline
+    return mistake(message, f"make --global-batch-size a multiple of {step}")
 
 
 def heads_divide(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -147,7 +191,9 @@ def recompute_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     """No more blocks are recomputed than there are, and the details come with the switch itself."""
     recompute, blocks = config.training.recompute, config.model.wan.num_layers
     if recompute.granularity == "none":
-        if recompute.model_fields_set - {"granularity"}:
+        # --recompute-offload goes with the FSDP2 file's recompute_modules, too.
+        alone = {"granularity", "offload"} if config.uses_fsdp2 and config.fsdp2.recompute_modules else {"granularity"}
+        if recompute.model_fields_set - alone:
             message = "--recompute-method, --recompute-num-layers and the like do nothing by themselves"
             return mistake(message, "add --recompute-granularity full, or leave them out")
         return []
@@ -155,6 +201,36 @@ def recompute_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
         return []
     message = f"--recompute-num-layers {recompute.num_layers} is more than the model's {blocks} blocks"
     return mistake(message, f"use at most {blocks}")
+
+
+def optimizer_state_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """One way at a time to keep optimizer state small, and none that does nothing."""
+    optimizer, found = config.optimizer, []
+    if "offload_fraction" in optimizer.model_fields_set and not optimizer.cpu_offload:
+        found += mistake("--optimizer-offload-fraction does nothing by itself", "add --optimizer-cpu-offload")
+    if optimizer.cpu_offload and optimizer.name == "adam8bit":
+        message = "--optimizer-cpu-offload with --optimizer adam8bit: 8-bit moments stay on the device"
+        found += mistake(message, "offload fp32 moments (8 bytes a parameter leave), or keep 8-bit ones (2 stay)")
+    if optimizer.cpu_offload and config.uses_fsdp2 and config.fsdp2.offload_to_cpu:
+        message = "--optimizer-cpu-offload with offload_to_cpu of the FSDP2 file, which keeps that state on the host too"
+        found += mistake(message, "use one of the two", key="fsdp2:offload_to_cpu")
+    return found
+
+
+def overlap_has_an_exchange(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """Groups of heads overlap inside pure Ulysses attention only."""
+    parallel = config.parallel
+    chunks = parallel.ulysses_chunks
+    if chunks is None or chunks == 1:
+        return []
+    if parallel.ulysses == 1 or parallel.ring > 1:
+        what = "a ring, whose transfers overlap already" if parallel.ring > 1 else "one context rank"
+        message = f"--ulysses-overlap-chunks {chunks} with {what}"
+        return mistake(message, "leave it out, or use --context-parallel-algo ulysses_cp_algo")
+    heads = config.model.wan.num_heads // (parallel.tensor * parallel.ulysses)
+    if chunks <= max(heads, 1):
+        return []
+    return mistake(f"--ulysses-overlap-chunks {chunks}: a rank attends with {heads} heads", f"use at most {heads}")
 
 
 def saves_have_a_place(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -211,7 +287,9 @@ def base_model_needs_lora(config: RunConfig, ranks: int | None) -> list[ConfigEr
 
 
 RULES: tuple[RuleRow, ...] = (
-    (pipeline_is_refused, frozenset({"parallel"})),
+    (pipeline_combines, frozenset({"parallel", "lora"})),
+    (pipeline_splits_blocks, frozenset({"parallel", "model"})),
+    (interleaving_divides, frozenset({"parallel", "training"})),
     (heads_divide, frozenset({"parallel", "model"})),
     (tensor_divides_ffn, frozenset({"parallel", "model"})),
     (context_algorithm, frozenset({"parallel"})),
@@ -221,7 +299,9 @@ RULES: tuple[RuleRow, ...] = (
     (shards_divide, frozenset({"parallel", "fsdp2"})),
     (schedule_fits, frozenset({"optimizer", "training"})),
     (weight_decay_fits, frozenset({"optimizer"})),
-    (recompute_fits, frozenset({"training", "model"})),
+    (recompute_fits, frozenset({"training", "model", "fsdp2", "parallel"})),
+    (optimizer_state_fits, frozenset({"optimizer", "fsdp2", "parallel", "training"})),
+    (overlap_has_an_exchange, frozenset({"parallel", "model"})),
     (saves_have_a_place, frozenset({"checkpoint"})),
     (exits_can_save, frozenset({"checkpoint", "training"})),
     (rollback_has_a_place, frozenset({"checkpoint", "training"})),

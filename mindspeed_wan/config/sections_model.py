@@ -109,7 +109,7 @@ class ModelSection(Section):
     fp32_residual: bool = False
     """Keep the residual stream in fp32 under bf16 compute (MindSpeed-MM: predictor.fp32_calculate)."""
     pipeline_num_layers: tuple[tuple[int, ...], ...] = ()
-    """Blocks per stage and per virtual chunk; empty splits evenly. Only read with pipeline > 1."""
+    """Blocks of every stage, one row per virtual chunk; empty splits evenly. Only read with pipeline > 1."""
     vae: VaeSection = VaeSection()
     """Video VAE."""
     text_encoder: TextEncoderSection = TextEncoderSection()

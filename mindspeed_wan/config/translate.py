@@ -214,9 +214,11 @@ def _check_first_frame_tiling(ae: AeFile, document: Document, report: Report) ->
 
 
 def _stages(stages: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:
+    """Return one row per virtual chunk: ``[20, 20]`` is one row, ``[[10, 10], [10, 10]]`` two."""
     if not stages:
         return ()
-    return tuple(tuple(stage) if isinstance(stage, list) else (stage,) for stage in stages)
+    rows = [row for row in stages if isinstance(row, list)] or [[n for n in stages if isinstance(n, int)]]
+    return tuple(tuple(row) for row in rows)
 
 
 def _tiles(ae: AeFile, document: Document, report: Report) -> dict[str, Any]:

@@ -21,7 +21,8 @@ class ParallelDims:
         sequence_parallel: shard activations between tensor-parallel regions over the tensor ranks.
         context: ranks that share the tokens of one video.
         ulysses: the part of ``context`` that exchanges heads; the rest is a ring. ``None`` means all of it.
-        pipeline: stages; above 1 is refused.
+        pipeline: stages, each with a part of the blocks.
+        virtual: chunks of blocks on each stage; above 1 the schedule interleaves them.
         shard: FSDP2's sharding degree; ``None`` means all of data x context.
 
     Raises:
@@ -34,24 +35,24 @@ class ParallelDims:
     context: int = 1
     ulysses: int | None = None
     pipeline: int = 1
+    virtual: int = 1
     shard: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "tensor", "context", "ulysses", "pipeline", "shard"):
+        for name in ("world_size", "tensor", "context", "ulysses", "pipeline", "virtual", "shard"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}", fix="use 1 or more")
-        if self.pipeline > 1:
+        if self.virtual > 1 and self.pipeline == 1:
             raise ConfigError(
-                f"pipeline-model-parallel-size {self.pipeline} is not supported",
-                fix="use --use-torch-fsdp2, tensor or context parallel to split the model",
+                f"{self.virtual} virtual pipeline chunks without pipeline stages", fix="use 2 or more stages"
             )
         model_ranks = self.tensor * self.context * self.pipeline
         if self.world_size % model_ranks:
             raise ConfigError(
                 f"{self.world_size} ranks do not factor into tensor {self.tensor} x context {self.context}"
                 f" x pipeline {self.pipeline} = {model_ranks} times a data-parallel degree",
-                fix=f"start a multiple of {model_ranks} ranks, or lower tensor or context",
+                fix=f"start a multiple of {model_ranks} ranks, or lower tensor, context or pipeline",
             )
         if self.context % self.ulysses_size:
             raise ConfigError(
@@ -73,6 +74,11 @@ class ParallelDims:
     def data(self) -> int:
         """Ranks that work on different videos."""
         return self.world_size // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage; they are neighbours, because the stage is the slowest axis."""
+        return self.world_size // self.pipeline
 
     @property
     def ulysses_size(self) -> int:

@@ -1,6 +1,6 @@
 """From the gradients autograd left to the gradients the optimizer steps on: reduce what is left, measure, clip.
 
-After the backward pass a gradient is
+After the backward pass a gradient (``gradient(parameter)``) is
 - a DTensor, already averaged over data x context by FSDP2, or a plain tensor that nobody averaged yet;
 - for parameters marked ``tp_partial`` (see ``ParamLayout``), only this tensor rank's part of a sum.
 """
@@ -23,6 +23,37 @@ BUCKET_ELEMENTS = 64 * 1024 * 1024
 """Gradients are reduced in flat buffers of at most this many elements."""
 
 
+def accumulate_in_fp32(model: nn.Module) -> None:
+    """Add up the gradients of trained parameters that are not fp32 in fp32 tensors of their own.
+
+    torch keeps a gradient in its parameter's dtype; the sum over many micro-batches would lose digits in bf16. Call
+    it on a model that has memory.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.register_post_accumulate_grad_hook(_move_to_fp32)
+
+
+def _move_to_fp32(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    kept: Tensor | None = getattr(parameter, "fp32_grad", None)
+    parameter.fp32_grad = parameter.grad.float() if kept is None else kept.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """Return what the backward passes left for ``parameter``: its fp32 sum, or ``parameter.grad``."""
+    kept: Tensor | None = getattr(parameter, "fp32_grad", None)
+    return parameter.grad if kept is None else kept
+
+
+def drop_gradient(parameter: Tensor) -> None:
+    """Free the gradient of ``parameter``."""
+    parameter.grad = None
+    if hasattr(parameter, "fp32_grad"):
+        parameter.fp32_grad = None
+
+
 @torch.no_grad()
 def finish_grads(model: nn.Module, groups: ParallelGroups, max_norm: float) -> float:
     """Finish every gradient of ``model``, clip them to ``max_norm`` and return the total norm before clipping.
@@ -30,7 +61,8 @@ def finish_grads(model: nn.Module, groups: ParallelGroups, max_norm: float) -> f
     The norm counts each element of the global model once: replicas of tensor parallelism and of hybrid sharding are
     not added up. ``max_norm`` 0 or below does not clip. NaN and infinity are returned, not raised.
     """
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = ((name, gradient(p)) for name, p in model.named_parameters())
+    grads = {name: grad for name, grad in found if grad is not None}
     layouts = _layouts(model, grads, groups)
     _undo_gloo_sum(model, grads)
     plain = [g for g in grads.values() if not isinstance(g, DTensor)]
@@ -101,10 +133,13 @@ def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _total_norm(grads: dict[str, Tensor], layouts: dict[str, ParamLayout], groups: ParallelGroups) -> float:
-    """Sum squares by who holds distinct elements: (FSDP shard or not) x (tensor shard or not), then reduce each."""
-    if not grads:
+    """Sum squares by who holds distinct elements: (FSDP shard or not) x (tensor shard or not), then reduce each.
+
+    Pipeline stages hold different parameters: their sums are added up last.
+    """
+    if not grads and groups.mesh is None:
         return 0.0
-    device = _local(next(iter(grads.values()))).device
+    device = _local(next(iter(grads.values()))).device if grads else groups.mesh.device_type  # type: ignore[union-attr]
     sums = torch.zeros(2, 2, device=device)  # [sharded by FSDP, sharded by tensor parallel]
     for by_fsdp in (0, 1):
         for by_tensor in (0, 1):
@@ -122,6 +157,8 @@ def _total_norm(grads: dict[str, Tensor], layouts: dict[str, ParamLayout], group
         split = sums[:, 1].contiguous()
         dist.all_reduce(split, group=groups.tp)
         sums[:, 1] = split
+    if groups.pp is not None:
+        dist.all_reduce(sums, group=groups.pp)
     return math.sqrt(sums.sum().item())
 
 

@@ -47,7 +47,7 @@ def init_distributed(platform: Platform, timeout_minutes: float = 10.0) -> None:
     rank, address = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         dist.init_process_group(
-            _backend(platform), store=_rendezvous_store(rank, world_size, timeout), rank=rank, world_size=world_size,
+            backend_name(platform), store=rendezvous_store(rank, world_size, timeout), rank=rank, world_size=world_size,
             timeout=timeout,
         )  # fmt: skip
     except (dist.DistError, RuntimeError) as error:
@@ -57,14 +57,15 @@ def init_distributed(platform: Platform, timeout_minutes: float = 10.0) -> None:
         ) from error
 
 
-def _backend(platform: Platform) -> str:
+def backend_name(platform: Platform) -> str:
     """Collectives on host tensors (checkpoint plans, object lists) go through gloo beside the device's own backend."""
     if platform.device_type == "cpu":
         return "gloo"
     return f"cpu:gloo,{platform.device_type}:{platform.backend}"
 
 
-def _rendezvous_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def rendezvous_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return the job's key-value store at MASTER_ADDR, under a prefix of this attempt."""
     agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store: dist.Store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size,
@@ -80,7 +81,8 @@ class ParallelGroups:
 
     ``mesh`` orders the ranks (tensor, [replicate,] shard): with the tensor dimension outermost, DTensor placements
     read left to right are exactly "tensor parallel first, FSDP second". ``fsdp_mesh`` is the same without tensor.
-    Both are ``None`` for a single rank.
+    Both are ``None`` for a single rank, and hold only the ranks of this rank's pipeline stage. ``pp`` links the ranks
+    that hold the stages of one model.
     """
 
     dims: ParallelDims = field(default_factory=ParallelDims)
@@ -91,6 +93,7 @@ class ParallelGroups:
     ring: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
     dp_cp: dist.ProcessGroup | None = None
+    pp: dist.ProcessGroup | None = None
     shard: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
     fsdp_mesh: DeviceMesh | None = None
@@ -109,6 +112,11 @@ class ParallelGroups:
     def dp_rank(self) -> int:
         """This rank's number in its data group: which slice of the global batch it works on."""
         return group_rank(self.dp)
+
+    @property
+    def pp_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return group_rank(self.pp)
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
@@ -139,6 +147,8 @@ def build_groups(dims: ParallelDims, platform: Platform, *, timeout_minutes: flo
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tensor,
+        pipeline_model_parallel_size=dims.pipeline,
+        virtual_pipeline_model_parallel_size=dims.virtual if dims.virtual > 1 else None,
         context_parallel_size=dims.context,
         distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # a timedelta of it is all that is made
         create_gloo_process_groups=False,
@@ -157,6 +167,7 @@ def build_groups(dims: ParallelDims, platform: Platform, *, timeout_minutes: flo
         ring=_or_none(ring),
         dp=_or_none(parallel_state.get_data_parallel_group()),
         dp_cp=_or_none(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        pp=_or_none(parallel_state.get_pipeline_model_parallel_group()),
         shard=_or_none(shard),
         mesh=mesh,
         fsdp_mesh=fsdp_mesh,
@@ -168,8 +179,9 @@ def _or_none(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 def _mesh(dims: ParallelDims, device_type: str, groups: list[dist.ProcessGroup | None]) -> DeviceMesh:
-    """View existing groups (tensor, replicate, shard) as a mesh: no communicator is created."""
-    ranks = torch.arange(dims.world_size).view(dims.replicas, dims.shard_size, dims.tensor).movedim(-1, 0)
+    """View this stage's groups (tensor, replicate, shard) as a mesh: no communicator is created."""
+    stages = torch.arange(dims.world_size).view(-1, dims.replicas, dims.shard_size, dims.tensor)
+    ranks = stages[dist.get_rank() // dims.stage_ranks].movedim(-1, 0)
     names = (TENSOR, REPLICATE, SHARD)
     if dims.replicas == 1:
         groups, names, ranks = [groups[0], groups[2]], (TENSOR, SHARD), ranks[:, 0]  # type: ignore[assignment]
@@ -185,7 +197,7 @@ def _context_subgroups(
         return context, None
     if dims.ulysses_size == 1:
         return None, context
-    ranks = torch.arange(dims.world_size).view(dims.data, dims.ring, dims.ulysses_size, dims.tensor)
+    ranks = torch.arange(dims.world_size).view(-1, dims.ring, dims.ulysses_size, dims.tensor)  # stages x data first
     return _new_groups(ranks.movedim(2, -1), timeout), _new_groups(ranks.movedim(1, -1), timeout)
 
 
@@ -198,8 +210,8 @@ def _data_subgroups(
     """
     if dims.replicas == 1:
         return None, parallel_state.get_data_parallel_group(with_context_parallel=True)
-    ranks = torch.arange(dims.world_size).view(dims.replicas, dims.shard_size, dims.tensor)
-    return _new_groups(ranks.movedim(0, -1), timeout), _new_groups(ranks.movedim(1, -1), timeout)
+    ranks = torch.arange(dims.world_size).view(-1, dims.replicas, dims.shard_size, dims.tensor)  # stages first
+    return _new_groups(ranks.movedim(1, -1), timeout), _new_groups(ranks.movedim(2, -1), timeout)
 
 
 def _new_groups(ranks: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
@@ -216,7 +228,7 @@ def _new_groups(ranks: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
 def one_rank_mesh(platform: Platform) -> DeviceMesh:
     """Return a mesh of this rank alone, for FSDP2's mixed precision without a launcher."""
     if not dist.is_initialized():
-        dist.init_process_group(_backend(platform), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend_name(platform), store=dist.HashStore(), rank=0, world_size=1)
     return DeviceMesh(platform.device_type, torch.arange(1), mesh_dim_names=(SHARD,))
 
 

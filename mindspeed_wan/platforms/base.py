@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from mindspeed_wan.platforms import rank
@@ -66,6 +67,10 @@ class Platform(ABC):
 
         ops.use("torch")
         ops.use_attention("auto")
+
+    def megatron_schedule(self) -> AbstractContextManager[None]:
+        """Return the context in which Megatron's pipeline schedules run here."""
+        return nullcontext()
 
     @abstractmethod
     def device_name(self) -> str:

@@ -8,9 +8,10 @@ import platform as host
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_wan.platforms.base import Platform
 
@@ -58,6 +59,10 @@ class CpuPlatform(Platform):
         if self._current_device is not None:
             torch.cuda.current_device = self._current_device
 
+    def megatron_schedule(self) -> AbstractContextManager[None]:
+        """Megatron's schedules count tokens in a tensor on ``device="cuda"``; here that is the CPU."""
+        return _cuda_is_cpu()
+
     def device_name(self) -> str:
         """Return the processor's model name."""
         cpuinfo = _read("/proc/cpuinfo")
@@ -104,6 +109,25 @@ class CpuPlatform(Platform):
     def supports_bf16(self) -> bool:
         """PyTorch computes bf16 on every CPU."""
         return True
+
+
+@contextlib.contextmanager
+def _cuda_is_cpu() -> Iterator[None]:
+    """Make ``torch.zeros(..., device="cuda")`` and ``tensor.cuda()``, as Megatron writes them, stay on the CPU."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class CudaIsCpu(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if function is torch.Tensor.cuda:
+                return args[0]
+            if kwargs.get("device") == "cuda":
+                kwargs = {**kwargs, "device": "cpu"}
+            return function(*args, **kwargs)
+
+    with CudaIsCpu():
+        yield
 
 
 def available_cores() -> int:

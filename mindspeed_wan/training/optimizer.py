@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from mindspeed_wan.parallel.grads import drop_gradient, gradient
+
 BATCH_BYTES = 256 << 20
 """States that do not live on the device in fp32 are brought there for about so many bytes at a time."""
 
@@ -131,7 +133,7 @@ class AdamW:
         """Update every parameter that has a gradient; gradients are read as fp32 and not modified."""
         self.steps += 1
         # An uneven shard may be empty on this rank; kernels get only tensors with elements.
-        names = [n for n, p in self.parameters.items() if p.grad is not None and local(p).numel()]
+        names = [n for n, p in self.parameters.items() if gradient(p) is not None and local(p).numel()]
         for states in self.states.batches(names, self.steps):
             for decay in (True, False):
                 part = {n: s for n, s in states.items() if decays(self.parameters[n]) == decay}
@@ -145,7 +147,7 @@ class AdamW:
         counts = torch.full((len(weights),), float(self.steps - 1), device=device)  # the update adds one to each
         adamw(
             weights,
-            [local(cast(Tensor, self.parameters[n].grad)).to(torch.float32) for n in states],
+            [local(cast(Tensor, gradient(self.parameters[n]))).to(torch.float32) for n in states],
             [s.exp_avg for s in states.values()],
             [s.exp_avg_sq for s in states.values()],
             [],
@@ -167,7 +169,7 @@ class AdamW:
     def zero_grad(self) -> None:
         """Drop every gradient (freed, not zeroed)."""
         for parameter in self.parameters.values():
-            parameter.grad = None
+            drop_gradient(parameter)
 
     # ---- what a checkpoint holds -----------------------------------------------------------------------------
 

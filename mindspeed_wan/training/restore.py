@@ -71,11 +71,10 @@ def restore(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer:
     views = adapters.trained_views(config, model, groups)
     found = first_decides(lambda: training_checkpoint(config))
     if found is None or config.lora is not None:
-        _load_weights(config, model, groups)
+        _load_weights(config, model, groups, optimizer)
     if found is None:
         if config.lora is not None:
             adapters.start_adapter(config, model, groups)
-        optimizer.parameters_to_masters()
         if ema is not None:
             ema.restart(optimizer.masters())
         return Progress(seed=config.training.seed)
@@ -94,15 +93,20 @@ def restore(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer:
     return progress
 
 
-def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups) -> None:
+def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer: AdamW) -> None:
+    """Fill the model; fp32 masters of bf16 parameters take the weights as they are stored, not as bf16 rounds them."""
     section, wan = config.checkpoint, model.config
     found = first_decides(lambda: weights_found(config, wan))
     if found is None:
         init_weights(model, config.training.seed, groups)
+        optimizer.parameters_to_masters()
         return
+    masters = optimizer.masters()
     base, _ = split_views(global_views(model, groups))
+    base = {name: dcp.view_like(view, masters[name]) if name in masters else view for name, view in base.items()}
     report = load_model_weights(found.path, base, wan, expert=config.diffusion.expert,
                                 full_hash=section.verify)
+    optimizer.masters_to_parameters()
     if is_first():
         print(f" loaded {report.found.kind} weights from {report.found.path} "
               f"({report.bytes_read / 2**20:.1f} MiB on this rank, {report.seconds:.1f} s)", flush=True)

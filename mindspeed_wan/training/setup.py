@@ -7,6 +7,8 @@ encoders and data at the restored position -> writers.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import build_wan
 from mindspeed_wan.parallel.agreement import first_decides, is_first
 from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.parallel.grads import accumulate_in_fp32
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups
+from mindspeed_wan.parallel.pipeline import PipelinePlan
 from mindspeed_wan.parallel.recompute import RecomputePlan
 from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.training import adapters
@@ -32,6 +36,7 @@ from mindspeed_wan.training.lr_schedule import Schedule
 from mindspeed_wan.training.metrics import MetricsWriter, Throughput, write_provenance
 from mindspeed_wan.training.objective import Objective
 from mindspeed_wan.training.optimizer import AdamW
+from mindspeed_wan.training.pipeline import PipelineStep
 from mindspeed_wan.training.restore import model_card, restore
 from mindspeed_wan.training.saving import Saver
 from mindspeed_wan.training.source import FeedOpener, OwnFeed
@@ -67,7 +72,7 @@ def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFe
     ema = Ema(optimizer.masters(), config.training.ema_decay) if config.training.ema_decay is not None else None
     progress = restore(config, model, groups, optimizer, ema)
     progress.global_batch_size = config.global_batch(world_size)
-    source = open_feed(config, groups, platform, progress.consumed_samples)
+    source = open_feed(config, groups, platform, progress)
     step = train_step(config, model, groups, platform)
     evaluates = config.training.eval_interval is not None and config.training.eval_iters > 0
     run = Run(
@@ -96,34 +101,46 @@ def parallel_dims(config: RunConfig, world_size: int) -> ParallelDims:
     parallel = config.parallel
     return ParallelDims(world_size=world_size, tensor=parallel.tensor, sequence_parallel=parallel.sequence_parallel,
                         context=parallel.context, ulysses=parallel.ulysses, pipeline=parallel.pipeline,
-                        shard=config.shard_size(world_size))
+                        virtual=parallel.virtual_pipeline or 1, shard=config.shard_size(world_size))
 
 
 def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platform: Platform) -> WanDiT:
     """Build the sharded DiT with fp32 parameters (frozen ones: ``base_dtype``); its values are still undefined.
 
     bf16 goes through FSDP2 also where nothing is sharded: it keeps fp32 masters, gathers bf16 copies and reduces
-    gradients in fp32.
+    gradients in fp32. A pipeline stage holds bf16 parameters instead, whose masters are the optimizer's.
     """
-    bf16 = config.training.precision == "bf16"
+    bf16, dims = config.training.precision == "bf16", groups.dims
     fsdp2: Any = None  # a Fsdp2Section; its Literal fields are narrower than the protocol's strings
-    if config.parallel.use_torch_fsdp2 or bf16:
+    if config.parallel.use_torch_fsdp2 or (bf16 and dims.pipeline == 1):
         fsdp2 = config.fsdp2.model_copy(update={"param_dtype": config.training.precision})
     recompute = None
     section = config.training.recompute
     if section.granularity == "full":
         first = section.num_layers if section.method == "block" else None
         recompute = RecomputePlan(first=first, every_k=section.every_k, keep_attention=section.keep_attention)
-    return build_wan(wan, groups=groups, platform=platform, param_dtype=adapters.base_dtype(config),
-                     fsdp2=fsdp2,
-                     residual_dtype=torch.float32 if config.model.fp32_residual else None, recompute=recompute,
-                     modify=adapters.modifier(config))
+    staged = dims.pipeline > 1
+    plan = None
+    if staged:
+        plan = PipelinePlan.of(wan.num_layers, dims.pipeline, dims.virtual, config.model.pipeline_num_layers)
+    model = build_wan(wan, groups=groups, platform=platform,
+                      param_dtype=torch.bfloat16 if bf16 and staged else adapters.base_dtype(config),
+                      fsdp2=fsdp2,
+                      residual_dtype=torch.float32 if config.model.fp32_residual else None,
+                      recompute=recompute,
+                      modify=adapters.modifier(config), pipeline=plan)
+    if staged:
+        accumulate_in_fp32(model)
+    return model
 
 
 def train_step(config: RunConfig, model: WanDiT, groups: ParallelGroups, platform: Platform) -> TrainStep:
     """Return the step for this configuration."""
     world_size = groups.dims.world_size
+    kind: Callable[..., TrainStep]
     kind = adapters.DropoutStep if config.lora is not None and config.lora.dropout else TrainStep
+    if groups.dims.pipeline > 1:
+        kind = partial(PipelineStep, platform=platform)
     return kind(
         model, Objective(config.diffusion, config.training.seed), groups,
         accumulation=config.gradient_accumulation(world_size), micro_batch_size=config.training.micro_batch_size,

@@ -107,8 +107,8 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "typo in a flag": (2, "--train-iters", lambda w, a: [*a, "--train-itres", "3"]),
     "typo in a key": (2, "num_heads", misspelt_key),
     "absent device": (3, "not usable", lambda w, a: set_flag(a, "--device", "npu")),
-    "pipeline parallel": (2, "pipeline", lambda w, a: [*a, "--pipeline-model-parallel-size", "2", "--world-size", "2",
-                                                       "--dry-run"]),
+    "more stages than blocks": (2, "blocks cannot be split into 64 pipeline stages", lambda w, a: [
+        *a, "--pipeline-model-parallel-size", "64", "--world-size", "64", "--dry-run"]),
     "missing mp4": (7, "does not exist", missing_clip),
     "0-byte mp4": (7, "empty (0 bytes)", empty_clip),
     "empty caption": (7, "caption", empty_caption),

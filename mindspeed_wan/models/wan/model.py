@@ -8,7 +8,7 @@ Legend: B batch, C latent channels, F H W latent frames/height/width, L video to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from mindspeed_wan.models.wan.layers import Layers, LocalLayers
 from mindspeed_wan.models.wan.param_map import Param, parameter_table
 from mindspeed_wan.models.wan.rope import rotary_tables
 from mindspeed_wan.parallel.layout import ParamLayout
+from mindspeed_wan.parallel.pipeline import Chunk
 from mindspeed_wan.parallel.tokens import TokenSharding
 from mindspeed_wan.parallel.ulysses import ContextAttention, LocalAttention
 from mindspeed_wan.platforms import ops
@@ -114,8 +115,11 @@ class WanDiT(nn.Module):
             compute dtype (less memory, 2.5 times the rounding error in bf16).
         compute_dtype: dtype of the matrix products; ``None`` is that of the weights as the forward pass sees them
             (FSDP2 gathers them in its own ``param_dtype``).
+        chunks: the parts of the model that this rank holds under pipeline parallelism; ``None`` is all of it. Blocks
+            keep their global numbers (``blocks.17...``); ``models.wan.stages`` runs the parts.
 
     Attributes:
+        chunks: the same; one chunk with all blocks and both ends for a whole model.
         param_layout: how tensor parallelism treats each parameter, by name. Whoever adds a parameter adds it here.
     """
 
@@ -131,25 +135,33 @@ class WanDiT(nn.Module):
         attend: ContextAttention | None = None,
         residual_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
+        chunks: Sequence[Chunk] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.chunks = tuple(chunks or (Chunk(blocks=range(config.num_layers)),))
         self.layers = layers or LocalLayers()
         self.tokens = tokens or TokenSharding()
         self.residual_dtype, self.compute_dtype = residual_dtype, compute_dtype
         attend = attend or LocalAttention()
-        self.patch_embedding = PatchEmbedding(config)
-        self.text_embedding = TextEmbedding(config)
-        self.time_embedding = nn.Sequential(
-            Fp32Linear(config.freq_dim, config.dim), nn.SiLU(), Fp32Linear(config.dim, config.dim)
-        )
-        self.time_projection = nn.Sequential(nn.SiLU(), Fp32Linear(config.dim, 6 * config.dim))
-        self.img_emb = ImageEmbedding(config) if config.has_image_embedder else None
-        self.blocks = nn.ModuleList(WanBlock(config, self.layers, attend) for _ in range(config.num_layers))
-        self.head = Head(config)
+        if self.chunks[0].first:
+            self.patch_embedding = PatchEmbedding(config)
+            self.text_embedding = TextEmbedding(config)
+            self.time_embedding = nn.Sequential(
+                Fp32Linear(config.freq_dim, config.dim), nn.SiLU(), Fp32Linear(config.dim, config.dim)
+            )
+            self.time_projection = nn.Sequential(nn.SiLU(), Fp32Linear(config.dim, 6 * config.dim))
+            self.img_emb = ImageEmbedding(config) if config.has_image_embedder else None
+        self.blocks = nn.ModuleList()
+        for index in (index for chunk in self.chunks for index in chunk.blocks):
+            self.blocks.add_module(str(index), WanBlock(config, self.layers, attend))
+        if self.chunks[-1].last:
+            self.head = Head(config)
+        held = {name for name, _ in self.named_parameters()}
         self.param_layout = {
             p.mm: ParamLayout(tp_axis=p.tp_axis, tp_partial=self.layers.sequence_parallel and _sees_token_shard(p))
             for p in parameter_table(config)
+            if p.mm in held
         }
         self._rotary_cache: dict[tuple[tuple[int, int, int], torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -180,41 +192,36 @@ class WanDiT(nn.Module):
         Raises:
             DataError: shapes that do not fit the model; neither or both of ``text`` and ``text_context``.
         """
-        grid = self._grid(latents)
-        length = grid[0] * grid[1] * grid[2]
-        dtype = self._dtype()
-        patches = self.tokens.split(patchify(latents, self.config.patch_size))
-        x = self.patch_embedding(patches.to(dtype))
-        if self.residual_dtype is not None:
-            x = x.to(self.residual_dtype)
-        time, modulation = self._embed_time(timestep)
-        cos, sin = self._rotary(grid, latents.device)
-        texts, image = self._block_texts(text, image_embeds, text_context, dtype)
+        grid = self.grid(latents)
+        x = self.embed_video(latents)
+        time, modulation = self.embed_time(timestep)
+        texts, image = self._block_texts(text, image_embeds, text_context)
 
         def run(x: Tensor) -> Tensor:
-            for block, block_text in zip(self.blocks, texts):
-                x = block(x, modulation, cos, sin, block_text, image=image, length=length, compute_dtype=dtype)
-            return x
+            return self.run_blocks(self.blocks, x, modulation, texts, image, grid)
 
         x = run(x) if around_blocks is None else around_blocks(x, run)
-        return unpatchify(self.tokens.gather(self.head(x, time), length), grid, self.config.patch_size)
+        return self.project(x, time, grid)
 
     def encode_text(self, text: Tensor, image_embeds: Tensor | None = None) -> TextContext:
         """Compute every block's cross-attention keys and values once, for many ``forward`` calls.
 
         Shapes as in ``forward``. About 420 MB per prompt for A14B in bf16 (divided by the tensor ranks).
         """
-        hidden, image = self._embed_text(text, image_embeds, self._dtype())
-        return TextContext(tuple(block.project_text(hidden, image) for block in self.blocks))  # type: ignore[operator]
+        return self.project_text(*self.embed_text(text, image_embeds))
 
     def time_modulation(self, timestep: Tensor) -> Tensor:
         """Return the modulation ``[B, 6, D]`` fp32 of ``timestep [B]``, as ``forward`` hands it to the blocks."""
-        return self._embed_time(timestep)[1]
+        return self.embed_time(timestep)[1]
 
-    def _dtype(self) -> torch.dtype:
+    # ---- the parts of a forward pass, in order; pipeline stages run them apart ------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
         return self.compute_dtype or self.patch_embedding.weight.dtype
 
-    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+    def grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Return tokens along (frames, height, width)."""
         config = self.config
         if latents.dim() != 5 or latents.shape[1] != config.in_channels:
@@ -233,7 +240,13 @@ class WanDiT(nn.Module):
             raise ConfigError(f"token grid {(frames, height, width)} exceeds rope_max_len {config.rope_max_len}")
         return frames, height, width
 
-    def _embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_video(self, latents: Tensor) -> Tensor:
+        """``[B, C_in, F, H, W] -> [L, B, D]``: this rank's tokens as the residual stream."""
+        patches = self.tokens.split(patchify(latents, self.config.patch_size))
+        x = self.patch_embedding(patches.to(self.dtype))
+        return x if self.residual_dtype is None else x.to(self.residual_dtype)
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """``[B] -> ([B, D], [B, 6, D])`` fp32, once per sample."""
         time = self.time_embedding(timestep_sinusoid(timestep, self.config.freq_dim))
         modulation = self.time_projection(time).unflatten(-1, (6, -1))
@@ -249,20 +262,46 @@ class WanDiT(nn.Module):
             self._rotary_cache[key] = (self.tokens.split_context(cos), self.tokens.split_context(sin))
         return self._rotary_cache[key]
 
+    def run_blocks(
+        self, blocks: Iterable[nn.Module], x: Tensor, modulation: Tensor, texts: Sequence[Tensor | TextKV],
+        image: Tensor | None, grid: tuple[int, int, int],
+    ) -> Tensor:  # fmt: skip
+        """Run ``blocks`` on the residual stream ``x [L, B, D]``; ``texts`` has one entry per block.
+
+        Args:
+            blocks: some or all of ``self.blocks``, in order.
+            modulation: ``[B, 6, D]`` fp32, from ``embed_time``.
+            texts: embedded text ``[Lt, B, D]`` or a block's cached keys and values.
+            image: embedded image tokens ``[Li, B, D]`` of Wan2.1 I2V.
+            grid: tokens of the whole video along (frames, height, width).
+        """
+        cos, sin = self._rotary(grid, x.device)
+        length, dtype = grid[0] * grid[1] * grid[2], self.dtype
+        for block, text in zip(blocks, texts):
+            x = block(x, modulation, cos, sin, text, image=image, length=length, compute_dtype=dtype)
+        return x
+
+    def project(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Return the velocity ``[B, C_out, F, H, W]`` fp32, whole, of the last block's ``x`` and ``time [B, D]``."""
+        tokens = self.tokens.gather(self.head(x, time), grid[0] * grid[1] * grid[2])
+        return unpatchify(tokens, grid, self.config.patch_size)
+
+    def project_text(self, hidden: Tensor, image: Tensor | None) -> TextContext:
+        """Return the cross-attention keys and values of this rank's blocks for what ``embed_text`` gave."""
+        return TextContext(tuple(block.project_text(hidden, image) for block in self.blocks))  # type: ignore[operator]
+
     def _block_texts(
-        self, text: Tensor | None, image_embeds: Tensor | None, context: TextContext | None, dtype: torch.dtype
-    ) -> tuple[Iterator[Tensor | TextKV] | tuple[TextKV, ...], Tensor | None]:
+        self, text: Tensor | None, image_embeds: Tensor | None, context: TextContext | None
+    ) -> tuple[Sequence[Tensor | TextKV], Tensor | None]:
         if (text is None) == (context is None):
             raise DataError("give either text or text_context, not both and not neither")
         if context is not None:
             return context.blocks, None
         assert text is not None
-        hidden, image = self._embed_text(text, image_embeds, dtype)
-        return (hidden for _ in self.blocks), image
+        hidden, image = self.embed_text(text, image_embeds)
+        return [hidden] * len(self.blocks), image
 
-    def _embed_text(
-        self, text: Tensor, image_embeds: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
+    def embed_text(self, text: Tensor, image_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return ``[Lt, B, D]`` and ``[Li, B, D]``; rows past the prompt are zero before the embedding, not after."""
         config = self.config
         if text.dim() != 3 or text.shape[1] > config.text_len or text.shape[2] != config.text_dim:
@@ -273,6 +312,7 @@ class WanDiT(nn.Module):
         if (image_embeds is not None) != config.has_image_embedder:
             state = "needs" if config.has_image_embedder else "does not take"
             raise DataError(f"this model {state} image_embeds [B, {IMAGE_CONTEXT_LENGTH}, {config.image_dim}]")
+        dtype = self.dtype
         padded = F.pad(text.to(dtype), (0, 0, 0, config.text_len - text.shape[1]))
         hidden = self.layers.share(self.text_embedding(padded.transpose(0, 1)))
         if self.img_emb is None or image_embeds is None:

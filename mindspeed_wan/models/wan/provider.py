@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.models.quantization import QuantizedView, weight_views
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.layers import Layers, LocalLayers, MegatronLayers
@@ -22,6 +23,7 @@ from mindspeed_wan.models.wan.views import local_slices
 from mindspeed_wan.parallel.attention import make_attention
 from mindspeed_wan.parallel.fsdp2 import Fsdp2Config
 from mindspeed_wan.parallel.groups import ParallelGroups
+from mindspeed_wan.parallel.pipeline import PipelinePlan
 from mindspeed_wan.parallel.recompute import RecomputePlan
 from mindspeed_wan.parallel.tokens import TokenSharding
 from mindspeed_wan.platforms.base import Platform
@@ -42,6 +44,7 @@ def build_wan(
     compile_blocks: bool = False,
     modify: Callable[[WanDiT], None] | None = None,
     device: torch.device | None = None,
+    pipeline: PipelinePlan | None = None,
 ) -> WanDiT:
     """Build a DiT on this rank; its parameters are allocated but *not* initialised: load or draw weights next.
 
@@ -52,12 +55,18 @@ def build_wan(
         fsdp2: shard with FSDP2 as this file section says; its ``recompute_modules`` apply when ``recompute`` is None.
         modify: called with the model on the meta device before it is sharded (LoRA adds its adapters here).
         device: where parameters live; default the platform's device (the host with FSDP2's CPU offload).
+        pipeline: which blocks each stage holds; default an even split over the stages of ``groups``.
 
     Raises:
         ConfigError: sizes of the model and of the layout do not fit.
     """
     groups = groups or ParallelGroups()
     groups.dims.validate(num_heads=config.num_heads, ffn_dim=config.ffn_dim)
+    dims = groups.dims
+    if dims.pipeline > 1:
+        pipeline = pipeline or PipelinePlan.even(config.num_layers, dims.pipeline, dims.virtual)
+        if fsdp2 is not None:
+            raise ConfigError("FSDP2 does not combine with pipeline stages", fix="use one of the two")
     sequence_group = groups.tp if groups.dims.sequence_parallel else None
     with torch.device("meta"):
         model = WanDiT(
@@ -66,6 +75,8 @@ def build_wan(
             tokens=TokenSharding(groups.cp, sequence_group),
             attend=make_attention(groups),
             residual_dtype=residual_dtype,
+            compute_dtype=None if pipeline is None else param_dtype,  # a later stage has no embedding to ask
+            chunks=None if pipeline is None else pipeline.chunks(groups.pp_rank),
         ).to(param_dtype)
         if modify is not None:
             modify(model)

@@ -116,7 +116,7 @@ BROKEN_FLAGS: list[tuple[list[str], str]] = [
     (["--num-layers", "40"], "predictor.num_layers"),
     (["--train-iters", "0"], "must be at least 1"),
     (["--adam-beta1", "1.0"], "must be less than 1"),
-    (["--pipeline-model-parallel-size", "2"], "not available yet"),
+    (["--pipeline-model-parallel-size", "4"], "with --use-torch-fsdp2"),
     (["--virtual-pipeline-model-parallel-size", "2"], "without pipeline stages"),
     (["--tensor-model-parallel-size", "3", "--world-size", "3"], "make tensor x Ulysses one of: 1, 2, 4, 5, 8"),
     (["--tensor-model-parallel-size", "5", "--world-size", "5"], "ffn_dim 13824 is not divisible"),
@@ -142,6 +142,17 @@ BROKEN_FLAGS: list[tuple[list[str], str]] = [
     (["--recompute-num-layers", "2"], "add --recompute-granularity full"),
     (["--recompute-every", "2"], "add --recompute-granularity full"),
     (["--recompute-skip-core-attention"], "add --recompute-granularity full"),
+    (["--recompute-granularity", "full", "--recompute-ofload"], "did you mean '--recompute-offload'"),
+    (["--optimizer", "muon"], "choose from: adam, adamw, adam8bit"),
+    (["--optimizer-offload-fraction", "0.5"], "add --optimizer-cpu-offload"),
+    (["--optimizer-cpu-offload", "--optimizer-offload-fraction", "1.5"], "--optimizer-offload-fraction = 1.5"),
+    (["--optimizer-cpu-offload", "--optimizer", "adam8bit"], "8-bit moments stay on the device"),
+    (["--swap-optimizer"], "use --optimizer-cpu-offload"),
+    (["--swap-attention"], "--recompute-offload"),
+    (["--ulysses-overlap-chunks", "2"], "with one context rank"),
+    (["--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo", "--ulysses-overlap-chunks", "2"],
+     "a ring, whose transfers overlap already"),
+    (["--context-parallel-size", "8", "--ulysses-overlap-chunks", "6"], "use at most 5"),
     (["--mm-model", "/nowhere/model.json"], "does not exist"),
     (["--trust-remote-code"], "no code"),
     (["--expert", "low"], "contradicts"),
@@ -210,3 +221,29 @@ def test_rule_errors_carry_the_line(world: World):
     lines = (world.root / "data.json").read_text().splitlines()
     line = next(number for number, line in enumerate(lines, 1) if '"num_frames"' in line)
     assert caught.value.where == f"{world.root / 'data.json'}:{line}"
+
+
+def test_offload_of_block_inputs_needs_recomputed_blocks(world: World):
+    """The flag goes with --recompute-granularity or with recompute_modules of an FSDP2 file that is in use."""
+    env = {"WORLD_SIZE": "8"}
+    assert "recompute_modules" in world.fsdp2
+    assert parse(world.argv("--recompute-offload"), env).training.recompute.offload
+    world.fsdp2 = world.fsdp2.split("recompute_modules")[0]
+    with pytest.raises(ConfigError, match="add --recompute-granularity full"):
+        parse(world.argv("--recompute-offload"), env)
+    assert parse(world.argv("--recompute-offload", "--recompute-granularity", "full"), env).training.recompute.offload
+
+
+def test_optimizer_state_is_offloaded_once(world: World):
+    env = {"WORLD_SIZE": "8"}
+    config = parse(world.argv("--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5"), env).optimizer
+    assert config.cpu_offload and config.offload_fraction == 0.5
+    world.fsdp2 = world.fsdp2.replace("offload_to_cpu: False", "offload_to_cpu: True")
+    with pytest.raises(ConfigError, match="on the host too"):
+        parse(world.argv("--optimizer-cpu-offload"), env)
+
+
+def test_optimizer_by_name(world: World):
+    env = {"WORLD_SIZE": "8"}
+    assert parse(world.argv("--optimizer", "adam"), env).optimizer.name == "adamw"
+    assert parse(world.argv("--optimizer", "adam8bit"), env).optimizer.name == "adam8bit"

@@ -108,8 +108,8 @@ def test_fp32_islands_and_residual_under_bf16() -> None:
             output = model(batch.latents, batch.timestep, batch.text)
             assert output.dtype == torch.float32
             errors[residual] = relative_error(output, expected)
-        time_997, _ = model._embed_time(torch.tensor([997.0]))
-        time_998, _ = model._embed_time(torch.tensor([998.0]))  # equal to 997 after rounding to bf16
+        time_997, _ = model.embed_time(torch.tensor([997.0]))
+        time_998, _ = model.embed_time(torch.tensor([998.0]))  # equal to 997 after rounding to bf16
     assert time_997.dtype == torch.float32
     assert not torch.equal(time_997, time_998)
     assert errors[torch.float32] < 0.75 * errors[None]

@@ -26,7 +26,8 @@ def test_parts_of_context_and_data() -> None:
     ("sizes", "message"),
     [
         ({"world_size": 6, "tensor": 4}, "6 ranks do not factor into tensor 4 x context 1 x pipeline 1 = 4"),
-        ({"world_size": 2, "pipeline": 2}, "pipeline-model-parallel-size 2 is not supported"),
+        ({"world_size": 6, "pipeline": 4}, "6 ranks do not factor into tensor 1 x context 1 x pipeline 4 = 4"),
+        ({"world_size": 2, "virtual": 2}, "2 virtual pipeline chunks without pipeline stages"),
         ({"world_size": 6, "context": 6, "ulysses": 4}, r"ulysses degree 4 does not divide context 6(.|\n)*1, 2, 3, 6"),
         ({"world_size": 4, "shard": 3}, r"sharding size 3 does not divide data 4 x context 1 = 4(.|\n)*1, 2, 4"),
         ({"world_size": 2, "sequence_parallel": True}, "sequence parallel needs tensor parallel"),
