@@ -94,8 +94,11 @@ def _batch(config: RunConfig, ranks: int | None) -> str:
 def _optimizer(config: RunConfig) -> str:
     optimizer = config.optimizer
     warmup = f", warm-up {optimizer.warmup_iters:g}" if optimizer.warmup_iters else ""
+    states = ", moments in 8 bits" if optimizer.name == "adam8bit" else ""
+    if optimizer.cpu_offload:
+        states = f", {optimizer.offload_fraction:.0%} of its state in host memory"
     return (
-        f"AdamW, lr {optimizer.lr:g} to {optimizer.min_lr:g} {optimizer.decay_style}{warmup}, "
+        f"AdamW{states}, lr {optimizer.lr:g} to {optimizer.min_lr:g} {optimizer.decay_style}{warmup}, "
         f"weight decay {optimizer.weight_decay:g}, clip {optimizer.clip_grad:g}"
     )
 
@@ -111,6 +114,8 @@ def _memory(config: RunConfig) -> str:
         kept = f"recompute {'all' if recompute.method == 'uniform' else f'the first {recompute.num_layers}'} blocks"
         kept += f", one in {recompute.every_k}" if recompute.every_k > 1 else ""
         kept += " but attention" if recompute.keep_attention else ""
+    kept += ", their inputs in host memory" if recompute.offload else ""
+    kept += ", compiled blocks" if training.compile_blocks else ""
     ema = f", EMA {training.ema_decay:g}" if training.ema_decay else ""
     weights = f"frozen {training.precision} base, fp32 adapters" if config.lora else "fp32 master weights"
     return f"{training.precision} compute, {weights}, {kept}{ema}"

@@ -46,9 +46,9 @@ class Fsdp2File(Section):
     """Modules whose activations are recomputed."""
     use_reentrant: bool = True
     """No effect: recomputation is non-reentrant."""
-    num_to_forward_prefetch: int | None = Field(default=0, ge=0)
+    num_to_forward_prefetch: int | None = Field(default=1, ge=0)
     """Units gathered ahead, forward."""
-    num_to_backward_prefetch: int | None = Field(default=0, ge=0)
+    num_to_backward_prefetch: int | None = Field(default=1, ge=0)
     """Units gathered ahead, backward."""
     offload_to_cpu: bool = False
     """Keep parameters and optimizer state on the host."""

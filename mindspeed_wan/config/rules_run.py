@@ -212,7 +212,7 @@ def optimizer_state_fits(config: RunConfig, ranks: int | None) -> list[ConfigErr
         message = "--optimizer-cpu-offload with --optimizer adam8bit: 8-bit moments stay on the device"
         found += mistake(message, "offload fp32 moments (8 bytes a parameter leave), or keep 8-bit ones (2 stay)")
     if optimizer.cpu_offload and config.uses_fsdp2 and config.fsdp2.offload_to_cpu:
-        message = "--optimizer-cpu-offload with offload_to_cpu of the FSDP2 file, which keeps that state on the host too"
+        message = "--optimizer-cpu-offload with offload_to_cpu of the FSDP2 file, which has the state on the host too"
         found += mistake(message, "use one of the two", key="fsdp2:offload_to_cpu")
     return found
 

@@ -26,9 +26,9 @@ from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.grads import accumulate_in_fp32
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups
 from mindspeed_wan.parallel.pipeline import PipelinePlan
-from mindspeed_wan.parallel.recompute import RecomputePlan
 from mindspeed_wan.platforms.base import Platform
-from mindspeed_wan.training import adapters
+from mindspeed_wan.platforms.compiler import check_compiler
+from mindspeed_wan.training import adapters, memory_options
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.guard import Guard
 from mindspeed_wan.training.loop import Run
@@ -64,11 +64,14 @@ def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFe
     if lock is not None:
         first_decides(lock.acquire)
     wan = WanConfig.from_dict(config.model.wan.to_dict())
+    if config.training.compile_blocks:
+        check_compiler(platform)
+    memory_options.say_what_is_left_out(config, platform)
     model = build_model(config, wan, groups, platform)
     views = adapters.trained_views(config, model, groups)
     section = config.optimizer
     optimizer = AdamW(model.named_parameters(), betas=(section.beta1, section.beta2), eps=section.eps,
-                      fused=section.fused)
+                      fused=section.fused, states=memory_options.optimizer_states(config, platform))
     ema = Ema(optimizer.masters(), config.training.ema_decay) if config.training.ema_decay is not None else None
     progress = restore(config, model, groups, optimizer, ema)
     progress.global_batch_size = config.global_batch(world_size)
@@ -114,11 +117,6 @@ def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platf
     fsdp2: Any = None  # a Fsdp2Section; its Literal fields are narrower than the protocol's strings
     if config.parallel.use_torch_fsdp2 or (bf16 and dims.pipeline == 1):
         fsdp2 = config.fsdp2.model_copy(update={"param_dtype": config.training.precision})
-    recompute = None
-    section = config.training.recompute
-    if section.granularity == "full":
-        first = section.num_layers if section.method == "block" else None
-        recompute = RecomputePlan(first=first, every_k=section.every_k, keep_attention=section.keep_attention)
     staged = dims.pipeline > 1
     plan = None
     if staged:
@@ -127,7 +125,8 @@ def build_model(config: RunConfig, wan: WanConfig, groups: ParallelGroups, platf
                       param_dtype=torch.bfloat16 if bf16 and staged else adapters.base_dtype(config),
                       fsdp2=fsdp2,
                       residual_dtype=torch.float32 if config.model.fp32_residual else None,
-                      recompute=recompute,
+                      recompute=memory_options.recompute_plan(config, platform),
+                      compile_blocks=config.training.compile_blocks, ulysses_chunks=config.parallel.ulysses_chunks,
                       modify=adapters.modifier(config), pipeline=plan)
     if staged:
         accumulate_in_fp32(model)

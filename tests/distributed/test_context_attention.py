@@ -12,7 +12,7 @@ from mindspeed_wan.parallel.attention import make_attention
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups, destroy
 from mindspeed_wan.parallel.tokens import TokenSharding
-from mindspeed_wan.platforms import get_platform
+from mindspeed_wan.platforms import get_platform, ops
 from tests.distributed.layouts import Fsdp2, Layout, distributed_step, single_rank_step
 from tests.distributed.test_layouts import assert_same_step
 from tests.helpers.oracle import TINY, diffusers_model, mm_state_dict, random_batch
@@ -107,6 +107,66 @@ def test_bytes_sent_are_the_least(context: int, ulysses: int) -> None:
     for ((_, forward, backward),) in run_ranks(_attention, context, dims, (length,)):
         assert forward == {"exchange": 4 * x * (ulysses - 1) // ulysses, "ring": 2 * x * (ring - 1)}
         assert backward == {"exchange": 4 * x * (ulysses - 1) // ulysses, "ring": 4 * x * (ring - 1)}
+
+
+def _overlapped(rank: int, world_size: int, heads: int, chunks: tuple[int | None, ...]) -> list[Any]:
+    """Return per number of chunks: this rank's results, what every exchange sent, and what happened in which order."""
+    groups = build_groups(ParallelDims(world_size=world_size, context=world_size), get_platform("cpu"))
+    events: list[str] = []
+    sizes: list[int] = []
+    exchange, attention = dist.all_to_all_single, ops.attention
+
+    class Watched:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def watched_exchange(output: torch.Tensor, tensor: torch.Tensor, **options: Any) -> Any:
+        events.append("start" if options.get("async_op") else "exchange")
+        sizes.append(tensor.nbytes)
+        work = exchange(output, tensor, **options)
+        return work and Watched(work)
+
+    def watched_attention(*args: Any, **options: Any) -> torch.Tensor:
+        events.append("attend")
+        return attention(*args, **options)
+
+    dist.all_to_all_single, ops.attention = watched_exchange, watched_attention
+    generator = torch.Generator().manual_seed(rank)
+    q, k, v, grad = (torch.randn(5, BATCH, heads, CHANNELS, generator=generator) for _ in range(4))
+    results = []
+    for count in chunks:
+        attend = make_attention(groups, count)
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = attend(*inputs, length=5 * world_size - 1)
+        out.backward(grad)
+        results.append(([out.detach(), *(t.grad for t in inputs)], list(sizes), list(events)))
+        sizes.clear()
+        events.clear()
+    destroy()
+    return results
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("world_size", "heads", "chunks"), [(2, 4, 2), (2, 6, 2), (2, 6, 3), (4, 8, 2), (4, 8, 9)])
+def test_groups_of_heads_overlap_and_change_nothing(world_size: int, heads: int, chunks: int) -> None:
+    """Uneven groups and more groups than heads included; all bytes sent, none twice, and each ahead of its use."""
+    for plain, default, overlapped in run_ranks(_overlapped, world_size, heads, (1, None, chunks)):
+        groups = min(chunks, heads // world_size)
+        for one, other in zip(plain[0], overlapped[0], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7)
+        assert default[2] == plain[2]  # nothing to overlap with on a CPU
+        assert sum(overlapped[1]) == sum(plain[1])
+        ahead = ["start", "wait", "attend", "start"]  # the next group's exchange, this group's, its way back
+        way_there = ["start", *ahead * (groups - 1), *ahead[1:], *["wait"] * groups]
+        assert overlapped[2][: len(way_there)] == way_there
+        # Autograd mirrors it: between a start and the wait for it there is always another group's attention.
+        turn = ["wait", "start", "wait"]
+        way_back = [*["start"] * groups, *turn[:2], *turn * (groups - 2), *turn, "wait"]
+        assert overlapped[2][len(way_there) :] == way_back
 
 
 @pytest.mark.parametrize(

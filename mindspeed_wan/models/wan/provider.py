@@ -45,6 +45,7 @@ def build_wan(
     modify: Callable[[WanDiT], None] | None = None,
     device: torch.device | None = None,
     pipeline: PipelinePlan | None = None,
+    ulysses_chunks: int | None = None,
 ) -> WanDiT:
     """Build a DiT on this rank; its parameters are allocated but *not* initialised: load or draw weights next.
 
@@ -55,6 +56,7 @@ def build_wan(
         fsdp2: shard with FSDP2 as this file section says; its ``recompute_modules`` apply when ``recompute`` is None.
         modify: called with the model on the meta device before it is sharded (LoRA adds its adapters here).
         device: where parameters live; default the platform's device (the host with FSDP2's CPU offload).
+        ulysses_chunks: groups of heads whose exchange overlaps attention; ``None`` decides by device.
         pipeline: which blocks each stage holds; default an even split over the stages of ``groups``.
 
     Raises:
@@ -73,7 +75,7 @@ def build_wan(
             config,
             layers=_layers(config, groups, param_dtype),
             tokens=TokenSharding(groups.cp, sequence_group),
-            attend=make_attention(groups),
+            attend=make_attention(groups, ulysses_chunks),
             residual_dtype=residual_dtype,
             compute_dtype=None if pipeline is None else param_dtype,  # a later stage has no embedding to ask
             chunks=None if pipeline is None else pipeline.chunks(groups.pp_rank),
