@@ -1,19 +1,25 @@
-"""`mindspeed-wan eval`: measure generated videos against references, compare models, collect ratings."""
+"""`mindspeed-wan eval`: measure generated videos against references, compare models, collect ratings.
+
+`mindspeed-wan eval loss` (`eval_loss`) measures a checkpoint without making videos.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from mindspeed_wan.cli import eval_loss
 from mindspeed_wan.errors import ConfigError
 
 HELP = "PSNR, SSIM, MS-SSIM, flicker, motion; several models side by side; the seed's score"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the comparison."""
-    parser.add_argument("--reference", type=Path, required=True, help="folder of reference videos")
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER",
+    """Add the options of the comparison, and the action ``loss``."""
+    actions = parser.add_subparsers(dest="action", metavar="{loss}")
+    eval_loss.add_arguments(actions.add_parser("loss", help=eval_loss.HELP))
+    parser.add_argument("--reference", type=Path, help="folder of reference videos")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER",
                         help="a model's videos, named like the references; repeat for several models")
     parser.add_argument("--ratings", type=Path, action="append", default=[],
                         help="CSV exported by the rating sheet; repeat for several persons")
@@ -23,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write clips.csv, summary.json, comparison.html and rating.html."""
+    """Write clips.csv, summary.json, comparison.html and rating.html, or measure a checkpoint's loss."""
+    if args.action == "loss":
+        return eval_loss.run(args)
+    if args.reference is None or not args.model:
+        raise ConfigError("nothing to measure",
+                          fix="give --reference DIR and --model NAME=DIR, or use the action: mindspeed-wan eval loss")
     from mindspeed_wan.evaluation.compare import compare, write_tables
     from mindspeed_wan.evaluation.html import comparison_page, rating_page
     from mindspeed_wan.evaluation.score import read_ratings

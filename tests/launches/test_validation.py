@@ -1,0 +1,90 @@
+"""Validation as a user runs it: clips of its own, the loss of a checkpoint alone, videos that disturb nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mindspeed_wan.config.flags import parse
+from mindspeed_wan.errors import ConfigError
+from tests.helpers.spawn import run_ranks
+from tests.helpers.tiny import tiny_clips
+from tests.helpers.world import World, make_world, train_rank
+
+EVALUATE = ("--eval-interval", "2", "--eval-iters", "2")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    made = make_world(folder, num_frames=5, size=(32, 48))
+    others = tiny_clips(num_clips=3, num_frames=5, size=(32, 48), fps=16, seed=11)
+    shutil.copy(others / "data.json", folder / "valid.json")
+    return made
+
+
+def set_aside(world: World) -> tuple[str, str]:
+    return "--valid-mm-data", str(world.files / "valid.json")
+
+
+def evaluate_rank(rank: int, world_size: int, argv: list[str]) -> int:
+    from mindspeed_wan.cli import eval as command
+    from mindspeed_wan.platforms import reset_platform
+
+    reset_platform()
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["loss", *argv]))
+
+
+def rows(save: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (save / "validation.jsonl").read_text().splitlines()]
+
+
+def test_clips_set_aside_and_the_same_number_alone(world: World, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    run_ranks(train_rank, 1, world.flags(save, *EVALUATE, *set_aside(world), iters=4), init=False)
+    run_ranks(train_rank, 1, world.flags(tmp_path / "first clips", *EVALUATE, iters=2), init=False)
+    reported = rows(save)
+    assert [row["iteration"] for row in reported] == [2, 4]
+    assert reported[0]["loss"] != rows(tmp_path / "first clips")[0]["loss"]
+    last = reported[-1]
+    assert sum(last["quartiles"]) / 4 == pytest.approx(last["loss"], rel=1e-9)
+    bounds = last["sigma_bounds"]
+    assert bounds[0] == pytest.approx(0.875) and bounds[-1] == 1.0 and bounds == sorted(bounds)
+    # Naming the folder is enough, on one rank and on two; every flag given again changes nothing.
+    alone = ["--device", "cpu", "--load", str(save), "--json"]
+    run_ranks(evaluate_rank, 1, [*alone, str(tmp_path / "one.json")], init=False)
+    run_ranks(evaluate_rank, 2, [*alone, str(tmp_path / "two.json"), "--use-torch-fsdp2"])
+    for name in ("one", "two"):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (found["loss"], found["quartiles"]) == (last["loss"], last["quartiles"])
+        assert found["expert"] == "high"
+
+
+def test_an_adapter_is_measured_on_its_base(world: World, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    lora = ("--lora-r", "4", "--lora-target-modules", "proj_q", "ffn.0", "--lora-rank-pattern", "ffn.0=2")
+    run_ranks(train_rank, 1, world.flags(save, *EVALUATE, *lora, iters=2), init=False)
+    run_ranks(evaluate_rank, 1, ["--device", "cpu", "--load", str(save), "--json", str(tmp_path / "alone.json")],
+              init=False)
+    assert json.loads((tmp_path / "alone.json").read_text())["loss"] == rows(save)[-1]["loss"]
+
+
+@pytest.mark.parametrize(("more", "expected"), [
+    (("--valid-mm-data", "{valid}"), "without evaluations"),
+    (("--validation-video-interval", "2"), "without --validation-prompts"),
+    (("--validation-steps", "2"), "no video is made"),
+    (("--validation-prompts", "{valid}", "--validation-video-interval", "2", "--expert", "low"), "cannot start from noise"),
+    (("--validation-prompts", "/nowhere.txt", "--validation-video-interval", "2"), "/nowhere.txt does not exist"),
+])
+def test_what_cannot_work_is_refused(world: World, tmp_path: Path, more: tuple[str, ...], expected: str) -> None:
+    words = [word.replace("{valid}", str(world.files / "valid.json")) for word in more]
+    expert = "low" if "low" in words else "high"
+    with pytest.raises(ConfigError, match=expected):
+        parse(world.flags(tmp_path, *words, expert=expert), {})
