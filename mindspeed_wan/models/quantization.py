@@ -107,7 +107,9 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         codes, scales = ctx.saved_tensors
-        return grad @ decode(codes, scales.view(torch.float32), ctx.format, grad.dtype), None, None, None, None
+        weight = decode(codes, scales.view(torch.float32), ctx.format, grad.dtype)
+        rows = grad.reshape(-1, grad.shape[-1]) @ weight
+        return rows.view(*grad.shape[:-1], weight.shape[1]), None, None, None, None
 
 
 class QuantizedLinear(nn.Module):

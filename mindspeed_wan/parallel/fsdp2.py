@@ -9,6 +9,7 @@ blanket cast to bf16 would round (a bf16 timestep knows 4 steps of 1000 near the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -70,6 +71,9 @@ def apply_fsdp2(model: nn.Module, config: Fsdp2Config, groups: ParallelGroups, p
     Raises:
         ConfigError: a pattern matches nothing, or hybrid sharding on a torch whose gloo cannot average.
     """
+    if any(not parameter.is_floating_point() for parameter in model.parameters()) and not shards_integers():
+        raise ConfigError(f"FSDP2 of torch {torch.__version__} cannot shard weights held in 8 bits",
+                          fix="use a newer torch (2.13 can), or no FSDP2: --fp32 when training")
     mesh = groups.fsdp_mesh if groups.fsdp_mesh is not None else one_rank_mesh(platform)
     named = select_modules(model, config.sub_modules_to_wrap, where="sub_modules_to_wrap")
     units = [module for module in named if module is not model]
@@ -96,6 +100,16 @@ def apply_fsdp2(model: nn.Module, config: Fsdp2Config, groups: ParallelGroups, p
     if platform.backend == "gloo":
         model.grad_scale = _make_gloo_average(model, mesh)  # type: ignore[assignment]
     return model
+
+
+def shards_integers() -> bool:
+    """Tell whether this torch's FSDP2 takes integer parameters; older ones want one floating dtype for a whole unit."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    try:  # nothing else tells before the first forward pass
+        return "is_floating_point" in inspect.getsource(FSDPParam.init_dtype_attrs)
+    except OSError:  # torch without its sources
+        return False
 
 
 def _offload_policy(config: Fsdp2Config, platform: Platform) -> OffloadPolicy:
