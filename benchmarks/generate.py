@@ -4,10 +4,12 @@
     python benchmarks/generate.py --preset mid                       # CPU: width of Wan 1.3B, 4 blocks, 240x416x17
     python benchmarks/generate.py --ckpt_dir DIR --size 832*480 --frames 81 --steps 40 --dtype bf16    # GPU
 
-``share_of_gemm`` is the FLOP/s of the denoising steps over that of one large matrix product measured in the same run:
-the physical limit is 1. Ours and diffusers' runs alternate, and the best of each counts; on a CPU, which others may use
-as well, share and speed-up are those of processor times. Both sides denoise the same noise; the relative L2 distance of
-their latents is in the result, so a fast wrong answer shows.
+``stages`` sets each stage beside diffusers': the first video with the weights still on disk, two new prompts, a step of
+both guidance passes, the decode, a whole video once everything is warm. ``share_of_gemm`` is the FLOP/s of the
+denoising steps over that of one large matrix product measured in the same run: the physical limit is 1. Both sides
+alternate, and the best of each counts; on a CPU, which others may use as well, share and speed-up are those of
+processor times. They denoise the same noise; the relative L2 distance of their latents is given, so a fast wrong
+answer shows.
 """
 
 from __future__ import annotations
@@ -72,14 +74,24 @@ def measure(
 ) -> dict[str, Any]:
     """Return everything measured, JSON-ready."""
     dtype = DTYPES[arguments.dtype]
+    _import_both(arguments.skip_diffusers)
+    watch = _Watch(platform)
     generator = WanGenerator.from_pretrained(
         folder, dtype=arguments.dtype, device=platform.name, grid="diffusers", noise="diffusers", steps=steps,
         size=size, num_frames=frames, shift=3.0, guidance=(3.0, 4.0), memory=arguments.memory,
+        compile_blocks=arguments.compile, attention=arguments.attention,
     )
-    oracle = None if arguments.skip_diffusers else _diffusers(folder, dtype, platform)
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
-    for _ in range(arguments.repeats + 1):  # the first of each warms caches up and is dropped
+    loading = watch.seconds()
+    ours, theirs = [_run_ours(generator, platform)], []
+    ours[0]["first"] = loading + ours[0]["video"]
+    oracle = None
+    if not arguments.skip_diffusers:
+        watch = _Watch(platform)
+        oracle = _diffusers(folder, dtype, platform)
+        loading = watch.seconds()
+        theirs = [_run_diffusers(oracle, size, frames, steps, platform)]
+        theirs[0]["first"] = loading + theirs[0]["video"]
+    for _ in range(arguments.repeats):
         ours.append(_run_ours(generator, platform))
         if oracle is not None:
             theirs.append(_run_diffusers(oracle, size, frames, steps, platform))
@@ -95,16 +107,53 @@ def measure(
         "model": {"dim": config.dim, "layers": config.num_layers, "heads": config.num_heads},
         "video": {"height": size[0], "width": size[1], "frames": frames, "steps": steps},
         "dtype": arguments.dtype, "memory": generator.plan.mode if generator.plan else None,
+        "compiled": arguments.compile, "attention": arguments.attention,
         "cfg_step_tflop": flops / 1e12, "gemm_tflops": limit / 1e12,
         "ours": {**_best(ours, clock, flops / limit), "stage_seconds": stages,
                  "peak_memory_gib": ours[-1]["peak"] / 2**30},
     }
+    record["stages"] = _stages(ours, theirs, clock)
     if theirs:
         latents = theirs[-1]["latents"].float().cpu()
-        record["diffusers"] = {**_best(theirs, clock, flops / limit), "decode_seconds": theirs[-1]["decode_seconds"]}
+        record["diffusers"] = _best(theirs, clock, flops / limit)
         record["speedup_per_step"] = record["diffusers"][clock] / record["ours"][clock]
         record["latents_relative_l2"] = ((ours[-1]["latents"] - latents).norm() / latents.norm()).item()
     return record
+
+
+def _stages(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], step: str) -> list[dict[str, Any]]:
+    """Return one row for each stage: our seconds, diffusers' and their ratio; the best warm run of each counts."""
+    rows = []
+    names = {"first": "first video, weights on disk", "text": "two new prompts", step: "denoising step",
+             "decode": "decode", "video": "whole video, warm"}
+    for key, title in names.items():
+        mine, other = ([run[key] for run in (runs[:1] if key == "first" else runs[1:])] for runs in (ours, theirs))
+        row: dict[str, Any] = {"stage": title, "ours_seconds": min(mine)}
+        if other:
+            row.update(diffusers_seconds=min(other), speedup=min(other) / min(mine))
+        rows.append(row)
+    return rows
+
+
+class _Watch:
+    """Seconds since it was made: processor time on a CPU, where others may be at work, else wall time."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform, self._now = platform, time.process_time if platform.device_type == "cpu" else time.perf_counter
+        platform.synchronize()
+        self._started = self._now()
+
+    def seconds(self) -> float:
+        self._platform.synchronize()
+        return self._now() - self._started
+
+
+def _import_both(skip_diffusers: bool) -> None:
+    """Import what either side imports lazily, so that no first video pays for it."""
+    import transformers  # noqa: F401
+
+    if not skip_diffusers:
+        from diffusers import AutoencoderKLWan, WanPipeline  # noqa: F401
 
 
 def _best(runs: list[dict[str, Any]], clock: str, ideal_seconds: float) -> dict[str, float]:
@@ -112,12 +161,28 @@ def _best(runs: list[dict[str, Any]], clock: str, ideal_seconds: float) -> dict[
     return {**best, "share_of_gemm": ideal_seconds / best[clock]}
 
 
+_new = itertools.count()
+
+
+def _new_prompts() -> list[str]:
+    """Return two prompts of the usual length that nobody has encoded yet."""
+    return [f"{PROMPT} Take {next(_new)}." for _ in range(2)]
+
+
 def _run_ours(generator: WanGenerator, platform: Platform) -> dict[str, Any]:
     stamps: list[float] = []
     platform.reset_peak_memory()
+    watch = _Watch(platform)
     result = generator(PROMPT, seed=SEED, on_progress=lambda *_: stamps.append(time.process_time()))
-    return {"step_seconds": _median_step(result.steps), "step_cpu_seconds": _median_gap(stamps),
-            "stage_seconds": result.seconds, "peak": platform.peak_memory_bytes(), "latents": result.latents}
+    video, peak = watch.seconds(), platform.peak_memory_bytes()
+    watch = _Watch(platform)
+    generator.prompts.encode(_new_prompts())
+    text = watch.seconds()
+    watch = _Watch(platform)
+    generator.vae().decode(result.latents[None].to(platform.device()))
+    return {"step_seconds": _median_step(result.steps), "step_cpu_seconds": _median_gap(stamps), "video": video,
+            "text": text, "decode": watch.seconds(), "stage_seconds": result.seconds, "peak": peak,
+            "latents": result.latents}
 
 
 def _median_step(steps: dict[str, list[float]]) -> float:
@@ -146,20 +211,26 @@ def _run_diffusers(
         cpu_stamps.append(time.process_time())
         return inputs
 
+    watch = _Watch(platform)
     latents = pipe(
         prompt=PROMPT, negative_prompt=NEGATIVE_PROMPT, height=size[0], width=size[1], num_frames=frames,
         num_inference_steps=steps, guidance_scale=4.0, guidance_scale_2=3.0, output_type="latent",
         generator=torch.Generator().manual_seed(SEED), callback_on_step_end=after_step,
     ).frames
-    started = time.perf_counter()
+    until_latents = watch.seconds()
     config = pipe.vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in
                  (config.latents_mean, config.latents_std))
+    watch = _Watch(platform)
     with torch.no_grad():
         pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)
-    platform.synchronize()
-    return {"step_seconds": _median_gap(stamps), "step_cpu_seconds": _median_gap(cpu_stamps),
-            "decode_seconds": time.perf_counter() - started, "latents": latents[0]}
+    decode = watch.seconds()
+    watch = _Watch(platform)
+    with torch.no_grad():
+        one, other = _new_prompts()
+        pipe.encode_prompt(prompt=one, negative_prompt=other, device=platform.device())
+    return {"step_seconds": _median_gap(stamps), "step_cpu_seconds": _median_gap(cpu_stamps), "text": watch.seconds(),
+            "decode": decode, "video": until_latents + decode, "latents": latents[0]}
 
 
 def _median_gap(stamps: list[float]) -> float:
@@ -191,6 +262,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--device", choices=["npu", "cuda", "cpu"])
     parser.add_argument("--memory", default="auto", help="auto, resident, sequential or block")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our blocks (diffusers runs eager)")
+    parser.add_argument("--attention", default="auto", help="our attention backend")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--skip_diffusers", action="store_true", help="ours only (weights that do not fit twice)")
