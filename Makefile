@@ -5,10 +5,11 @@ TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-oldest check bench faults soak docs reference clean
+.PHONY: help install demo world test test-oldest check bench faults soak docs reference clean
 
 help:
 	@echo "make demo         install, then the main job on a tiny Wan2.2: convert, pretrain both experts, export, generate"
+	@echo "make world        learn a small world: both experts, I2V, LoRA, marked videos (45 minutes on 2 cores, resumable)"
 	@echo "make test         the test suite (what CI runs)"
 	@echo "make test-oldest  the core tests on torch 2.7.1 + megatron-core 0.12.1 (the Ascend generation)"
 	@echo "make check        ruff, mypy, import rules, dependency audit"
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/mindspeed-wan demo --out demo_out
+
+world: $(STAMP)
+	$(BIN)/mindspeed-wan world --out world_out
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow and not cuda and not npu"
@@ -68,4 +72,4 @@ reference: $(STAMP)
 	$(BIN)/python -m mindspeed_wan.cli.reference docs
 
 clean:
-	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out
+	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out world_out

@@ -211,7 +211,7 @@ def _transformer(config: WanConfig) -> Any:
 
     fields = {key: value for key, value in config.to_diffusers().items() if not key.startswith("_")}
     text_len = {key: fields.pop(key) for key in ("text_len",) if key in fields}  # ours; diffusers only keeps it
-    model = WanTransformer3DModel(**{**fields, "patch_size": tuple(fields["patch_size"])})
+    model: Any = WanTransformer3DModel(**{**fields, "patch_size": tuple(fields["patch_size"])})
     model.register_to_config(**text_len)
     return model
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mindspeed_wan.errors import ConfigError, ResourceError, WanError
+from mindspeed_wan.demo.commands import Command, find_repository, python, require, run_together
+from mindspeed_wan.demo.model_json import write_model_json
+from mindspeed_wan.errors import ConfigError, WanError
 
 EXPERTS = ("high", "low")
 TRANSFORMER = {"high": "transformer", "low": "transformer_2"}
@@ -82,17 +81,6 @@ def run_walk(out: Path, *, num_iterations: int, num_ranks: int, seed: int) -> Wa
     return walk
 
 
-def find_repository() -> Path:
-    """Return the checkout that holds examples/ (the demo shows the launchers, so a wheel alone is not enough)."""
-    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
-        if (folder / "examples" / "wan2.2" / "common" / "launch.sh").is_file():
-            return folder
-    raise ResourceError(
-        "examples/wan2.2 is not beside the installed package",
-        fix="run the demo from a checkout of the repository (it walks through its launch scripts)",
-    )
-
-
 # ---- stages --------------------------------------------------------------------------------------------------------
 
 
@@ -105,17 +93,17 @@ def write_inputs(walk: Walk) -> None:
     write_clips(walk.data, num_clips=8, size=(64, 96), num_frames=17, fps=16, seed=walk.seed,
                 tokenizer=walk.model / "tokenizer")
     for expert in EXPERTS:
-        _write_model_json(walk, expert)
+        write_model_json(walk.out / f"pretrain_model_{expert}.json", walk.repository, walk.model, "t2v", expert)
 
 
 def convert(walk: Walk) -> None:
     """Convert the Diffusers folder; one call writes both experts."""
     _command(walk, "convert", [
-        *_python("mindspeed_wan_converters"), "Wan2.2T2VConverter", "hf_to_dcp",
+        *python("mindspeed_wan_converters"), "Wan2.2T2VConverter", "hf_to_dcp",
         "--cfg.source_path", str(walk.model), "--cfg.target_path", str(walk.converted), "--overwrite", "--verify",
     ])
     for expert in EXPERTS:
-        _require(walk.converted / TRANSFORMER[expert] / "release" / ".metadata")
+        require(walk.converted / TRANSFORMER[expert] / "release" / ".metadata")
 
 
 def pretrain(walk: Walk, expert: str) -> None:
@@ -143,12 +131,12 @@ def export(walk: Walk) -> None:
     """Write both trained experts as a Diffusers folder and check that diffusers loads every weight of it."""
     for expert in EXPERTS:
         _command(walk, f"export_{expert}", [
-            *_python("mindspeed_wan_converters"), "Wan2.2T2VConverter", "dcp_to_hf",
+            *python("mindspeed_wan_converters"), "Wan2.2T2VConverter", "dcp_to_hf",
             "--cfg.source_path", str(walk.run_folder(expert)),
             "--cfg.target_path", str(walk.exported / TRANSFORMER[expert]),
             "--cfg.hf_dir", str(walk.model), "--overwrite",
         ])
-    _command(walk, "diffusers", [*_python("mindspeed_wan.demo.diffusers_check"), str(walk.exported)])
+    _command(walk, "diffusers", [*python("mindspeed_wan.demo.diffusers_check"), str(walk.exported)])
 
 
 def generate(walk: Walk) -> None:
@@ -160,7 +148,7 @@ def generate(walk: Walk) -> None:
         "--frame_num", "17", "--sample_steps", "8", "--base_seed", str(walk.seed), "--dtype", "fp32",
         "--prompt", "a red circle moves left", "--save_file", str(video),
     ], {"DEVICE": "cpu", "NPROC_PER_NODE": "1"})
-    _require(video)
+    require(video)
 
 
 def plot(walk: Walk) -> None:
@@ -180,7 +168,7 @@ def plot(walk: Walk) -> None:
     figure.tight_layout()
     figure.savefig(walk.out / "loss.png", dpi=120)
     plt.close(figure)
-    _require(walk.out / "loss.png")
+    require(walk.out / "loss.png")
 
 
 def describe(walk: Walk) -> str:
@@ -203,58 +191,16 @@ def describe(walk: Walk) -> str:
 # ---- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _write_model_json(walk: Walk, expert: str) -> None:
-    """Write the shipped A14B model file with the tiny model's sizes and paths in place of the real ones."""
-    from mindspeed_wan.config.documents import read_json
-    from mindspeed_wan.models.wan.config import WanConfig
-
-    source = walk.repository / "examples" / "wan2.2" / "A14B" / "t2v" / f"pretrain_model_{expert}.json"
-    values = read_json(source)
-    config = WanConfig.from_diffusers(json.loads((walk.model / "transformer" / "config.json").read_text()))
-    values["predictor"].update(
-        in_dim=config.in_channels, out_dim=config.out_channels, hidden_size=config.dim, ffn_dim=config.ffn_dim,
-        num_heads=config.num_heads, num_layers=config.num_layers, text_dim=config.text_dim, freq_dim=config.freq_dim,
-    )
-    values["predictor"].pop("pipeline_num_layers", None)
-    values["ae"]["from_pretrained"] = str(walk.model / "vae")
-    values["text_encoder"]["from_pretrained"] = str(walk.model / "text_encoder")
-    (walk.out / f"pretrain_model_{expert}.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-
-
 def _losses(walk: Walk, expert: str) -> list[float]:
     path = walk.run_folder(expert) / "metrics.jsonl"
-    _require(path)
+    require(path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def _python(module: str) -> list[str]:
-    return [sys.executable, "-m", module]
-
-
-def _command(walk: Walk, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+def _command(walk: Walk, name: str, words: list[str], environment: dict[str, str] | None = None) -> None:
     """Run one command with its output shown and kept; a failure raises with the command's own exit code."""
-    shown = " ".join([*(f"{k}={v}" for k, v in (environment or {}).items()), *command])
-    print(f"  $ {shown.replace(str(walk.repository), '.')}", flush=True)
-    log = walk.out / "logs" / f"{name}.log"
-    env = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", **(environment or {})}
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, env=env, cwd=walk.repository, text=True, errors="replace",
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            print(f"    {line.rstrip()}", flush=True)
-        code = process.wait()
-    if code:
-        error = WanError(f"the command ended with exit code {code}", where=name, fix=f"see {log}")
-        error.exit_code = code
-        raise error
-
-
-def _require(path: Path) -> None:
-    if not path.exists():
-        raise WanError("the stage did not write this", where=str(path))
+    run_together([Command(name, words, environment or {})], repository=walk.repository, logs=walk.out / "logs")
 
 
 def check_iterations(num_iterations: int, num_ranks: int) -> None:

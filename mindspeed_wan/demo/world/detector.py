@@ -1,14 +1,16 @@
 """Reads colour, shape and motion back from a clip by rules, so that a generated clip can be marked right or wrong.
 
 Every pixel takes the nearest colour of the world (shapes' colours, and the backgrounds at several shades). The shape's
-colour is the one with most pixels; the shape is read from how its pixels fill their bounding box, the motion from the
-path of their centre.
+colour is the one with most pixels; the shape is the one whose ideal form, with the same area and centre, overlaps its
+pixels best (edges that a VAE or a video codec softened matter little to that); the motion is the path of the centre.
 
 Shapes: frames [F, H, W, 3] uint8; labels [F, H, W].
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,25 +62,42 @@ def _nearest_colour(frames: np.ndarray) -> np.ndarray:
 
 
 def _shape(masks: np.ndarray) -> str | None:
-    """Vote over frames in which the shape is whole (touches no border)."""
-    votes = []
-    for mask in masks:
-        if mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any():
-            continue
-        votes.append(_shape_of(mask))
-    if not votes:
+    """Return the form with the best mean overlap, over frames in which the shape is whole (touches no border)."""
+    whole = [mask for mask in masks
+             if not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())]
+    if not whole:
         return None
-    return max(set(votes), key=votes.count)
+    overlaps = {name: np.mean([_overlap(mask, inside) for mask in whole]) for name, inside in _FORMS.items()}
+    return max(overlaps, key=lambda name: overlaps[name])
 
 
-def _shape_of(mask: np.ndarray) -> str:
-    """Tell the shapes apart by how they fill their bounding box: square 1, circle 0.785, triangle 0.5."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
-    fill = mask.sum() / (height * width)
-    if fill > 0.9:
-        return "square"
-    return "circle" if fill > 0.65 else "triangle"
+def _overlap(mask: np.ndarray, inside: Form) -> float:
+    """Intersection over union of ``mask`` with a form of its area around its centre."""
+    rows, columns = np.indices(mask.shape)
+    centre = np.argwhere(mask).mean(axis=0)
+    form = inside(columns - centre[1], rows - centre[0], float(mask.sum()))
+    return float((mask & form).sum() / (mask | form).sum())
+
+
+Form = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+"""(dx, dy, area in pixels) -> which pixels are inside; ``dy`` points down."""
+
+
+def _circle(dx: np.ndarray, dy: np.ndarray, area: float) -> np.ndarray:
+    return np.hypot(dx, dy) <= math.sqrt(area / math.pi)
+
+
+def _square(dx: np.ndarray, dy: np.ndarray, area: float) -> np.ndarray:
+    return np.maximum(np.abs(dx), np.abs(dy)) <= math.sqrt(area) / 2
+
+
+def _triangle(dx: np.ndarray, dy: np.ndarray, area: float) -> np.ndarray:
+    """Equilateral, tip up: with circumradius r its area is 3 sqrt(3) / 4 r^2."""
+    radius = math.sqrt(area * 4 / (3 * math.sqrt(3)))
+    return (dy <= radius / 2) & (math.sqrt(3) * np.abs(dx) <= dy + radius)
+
+
+_FORMS: dict[str, Form] = {"circle": _circle, "square": _square, "triangle": _triangle}
 
 
 def _motion(masks: np.ndarray, visible: np.ndarray) -> str | None:

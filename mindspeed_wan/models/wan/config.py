@@ -130,7 +130,6 @@ class WanConfig:
         written only where it is not the release's, so that the model comes back as it was.
         """
         return {
-            **({"text_len": self.text_len} if self.text_len != DEFAULT_TEXT_LEN else {}),
             "_class_name": "WanTransformer3DModel",
             "_diffusers_version": "0.35.1",
             "added_kv_proj_dim": self.dim if self.has_image_embedder else None,
@@ -149,6 +148,7 @@ class WanConfig:
             "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": self.rope_max_len,
             "text_dim": self.text_dim,
+            **({"text_len": self.text_len} if self.text_len != DEFAULT_TEXT_LEN else {}),
         }
 
     # ---- the official dialect: config.json beside the original shards ----------------------------------------

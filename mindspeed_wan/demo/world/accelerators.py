@@ -1,0 +1,61 @@
+"""Every way to generate faster, measured on the learned world: quality against speed.
+
+Quality is twofold: PSNR and SSIM against the videos of the exact run, and the share of videos that the detector still
+finds right. Speed is the time in the denoising loop.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from mindspeed_wan.demo.world import scenes
+from mindspeed_wan.demo.world.job import World
+from mindspeed_wan.demo.world.judging import generate, judge
+
+_TABLE = "magcache_table.json"
+
+VARIANTS: dict[str, list[str]] = {
+    "exact": ["--calibrate_cache", _TABLE],
+    "magcache": ["--step_cache", "magcache", "--cache_table", _TABLE],
+    "taylorseer": ["--step_cache", "taylorseer", "--cache_interval", "2"],
+}
+"""Name -> flags of the inference command."""
+
+
+def measure(world: World) -> dict[str, Any]:
+    """Generate the held-out captions with each variant; return right share, PSNR, SSIM and speed-up of each."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in VARIANTS.items():
+        place = [str(world.out / "files" / _TABLE) if word == _TABLE else word for word in flags]
+        generate(world, f"fast_{name}", world.model("t2v_trained"), scenes.held_out(), *place)
+        marks = judge(world, f"fast_{name}", scenes.held_out())
+        quality = _against_exact(world, name, marks["videos"])
+        found[name] = {"right": marks["right"], **quality, "denoise_seconds": _denoise_seconds(world, name)}
+    exact = found["exact"]["denoise_seconds"]
+    for values in found.values():
+        values["speed_up"] = round(exact / values["denoise_seconds"], 2)
+    return {"variants": found}
+
+
+def _against_exact(world: World, name: str, count: int) -> dict[str, Any]:
+    from mindspeed_wan.evaluation.frames import read_frames
+    from mindspeed_wan.evaluation.metrics import psnr, ssim
+
+    values = []
+    for index in range(count):
+        exact, fast = (read_frames(world.videos(f"fast_{which}") / f"video_{index}.mp4")[0]
+                       for which in ("exact", name))
+        values.append((float(np.mean(psnr(exact, fast))), float(np.mean(ssim(exact, fast)))))
+    means = np.mean(values, axis=0)
+    return {"psnr_db": round(float(means[0]), 2) if np.isfinite(means[0]) else None, "ssim": round(float(means[1]), 4)}
+
+
+def _denoise_seconds(world: World, name: str) -> float:
+    """Median over the videos, each from the record beside it."""
+    records = sorted(world.videos(f"fast_{name}").glob("video_*.json"))
+    stages = [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in records]
+    seconds = [stage["high"] + stage["low"] for stage in stages]
+    return round(float(np.median(seconds)), 3)
