@@ -1,8 +1,8 @@
 """Which blocks of the model each pipeline stage runs. No torch, no process group.
 
 A stage holds one or more *chunks*: runs of neighbouring blocks. With ``stages`` stages and ``virtual`` chunks on each,
-chunk ``v`` of stage ``p`` is number ``v * stages + p`` along the model (Megatron's interleaving), so a clip passes every
-stage ``virtual`` times. The first chunk of all embeds, the last one of all projects to the velocity.
+chunk ``v`` of stage ``p`` is number ``v * stages + p`` along the model (Megatron's interleaving), so a clip passes
+every stage ``virtual`` times. The first chunk of all embeds, the last one of all projects to the velocity.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class PipelinePlan:
             return cls.even(num_layers, stages, virtual)
         plan = cls(tuple(tuple(row) for row in given))
         if (plan.virtual, plan.stages) != (virtual, stages):
-            raise ConfigError(f"pipeline_num_layers {plan.describe()} is for {plan.stages} stages x {plan.virtual} chunks,"
-                              f" the run has {stages} x {virtual}",
-                              fix="make it fit --pipeline-model-parallel-size and --virtual-pipeline-model-parallel-size")
+            raise ConfigError(f"pipeline_num_layers {plan.describe()} is for {plan.stages} stages x {plan.virtual}"
+                              f" chunks, the run has {stages} x {virtual}",
+                              fix="make it fit the numbers of pipeline stages and of virtual chunks")
         if plan.num_layers != num_layers:
             raise ConfigError(f"pipeline_num_layers {plan.describe()} adds up to {plan.num_layers} blocks,"
                               f" the model has {num_layers}")

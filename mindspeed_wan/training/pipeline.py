@@ -80,7 +80,9 @@ class Schedule:
         self._config = _schedule_config(model, groups, platform)
         self._chunks = [_ChunkModule(model, chunk, self._config, number) for number, chunk in enumerate(model.chunks)]
 
-    def run(self, work: Sequence[Work], *, scale: float = 1.0, forward_only: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def run(
+        self, work: Sequence[Work], *, scale: float = 1.0, forward_only: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
         """Run micro-batches of one shape, and their backward passes of ``scale`` times each one's mean loss.
 
         Returns:

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
     "high_tp2_warmup": (2, "high", ["--tensor-model-parallel-size", "2", "--lr-warmup-iters", "4",
                                     "--lr-decay-style", "cosine", "--min-lr", "0"]),
     "high_bf16_cp2": (2, "high", [*FSDP2, "--context-parallel-size", "2", "--bf16"]),
+    "high_bf16_pp2_async_ema": (2, "high", ["--pipeline-model-parallel-size", "2", "--bf16", "--async-save",
+                                            "--ema-decay", "0.9"]),
 }
 
 

@@ -1,0 +1,93 @@
+"""Runs over pipeline stages train the model of one rank, and their checkpoints are read by any layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.spawn import run_ranks
+from tests.helpers.world import World, make_world, metrics, train_rank, with_cached_features, write_json
+
+ITERATIONS = 6
+BLOCKS = 4
+SCRATCH = ["--load", "", "--from-scratch"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+VPP2 = [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "pp2": (2, PP2),
+    "pp2_vpp2_recompute": (2, [*VPP2, *RECOMPUTE]),
+    "pp2_dp2": (4, PP2),
+    "pp2_tp2_sp": (4, [*PP2, "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2_cp2": (4, [*PP2, "--context-parallel-size", "2"]),
+}
+EVALUATE = ["--eval-interval", "3", "--eval-iters", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A job whose model has four blocks."""
+    online = make_world(tmp_path_factory.mktemp("online"), num_frames=5, size=(32, 48))
+    job = with_cached_features(online, tmp_path_factory.mktemp("world"))
+    give_blocks(job, num_layers=BLOCKS)
+    return job
+
+
+def give_blocks(job: World, **keys: Any) -> None:
+    """Change keys of the predictor in the model file."""
+    path = job.files / "model_high.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["predictor"].update(keys)
+    write_json(path, values)
+
+
+def flags(world: World, save: Path, *more: str) -> list[str]:
+    """Return the command line of a run from random weights."""
+    line = world.flags(save, *EVALUATE, *more, iters=ITERATIONS)
+    place = line.index("--load")
+    return [*line[:place], "--from-scratch", *line[place + 2:]]
+
+
+@pytest.fixture(scope="module")
+def reference(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    save = tmp_path_factory.mktemp("one")
+    run_ranks(train_rank, 1, flags(world, save), init=False)
+    return metrics(save)
+
+
+def assert_same(rows: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float = 1e-4) -> None:
+    assert len(rows) == len(wanted)
+    for row, other in zip(rows, wanted):
+        assert row.keys() == other.keys()
+        for key in ("loss", "grad_norm", "sigma", "validation_loss"):
+            if key in other:
+                assert row[key] == pytest.approx(other[key], rel=tolerance), (row["iteration"], key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stages_train_the_same_model(layout: str, world: World, reference: list[dict[str, Any]],
+                                     tmp_path: Path) -> None:
+    ranks, more = LAYOUTS[layout]
+    run_ranks(train_rank, ranks, flags(world, tmp_path, *more))
+    rows = metrics(tmp_path)
+    assert rows[0]["loss"] == pytest.approx(reference[0]["loss"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(reference[0]["grad_norm"], rel=1e-5)
+    assert_same(rows, reference)
+
+
+def test_a_run_moves_from_stages_to_one_rank_and_back(world: World, reference: list[dict[str, Any]],
+                                                      tmp_path: Path) -> None:
+    for until, ranks, more in ((2, 2, PP2), (4, 1, []), (6, 2, VPP2)):
+        line = flags(world, tmp_path, *more, "--train-iters", str(until))
+        run_ranks(train_rank, ranks, line, init=ranks > 1)
+    assert_same(metrics(tmp_path), reference)
+
+
+def test_stages_in_bf16_follow_the_run_of_one_rank(world: World, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_ranks(train_rank, 1, flags(world, one, "--bf16"), init=False)
+    run_ranks(train_rank, 2, flags(world, two, "--bf16", *PP2))
+    assert_same(metrics(two), metrics(one), tolerance=1e-2)
