@@ -44,15 +44,17 @@ def check(script: str | Path, arguments: Sequence[str], world_size: int) -> bool
 def _training(arguments: Sequence[str], world_size: int) -> bool:
     from mindspeed_wan.config import flags
 
-    lines = [list(arguments)]
+    env = {**os.environ, "WORLD_SIZE": str(world_size)}
     if any(word in ("both", "--expert=both") for word in arguments):
-        from mindspeed_wan.training.both import split
+        from mindspeed_wan.training.both import read
 
-        lines = split(arguments)
-    configs = [flags.parse(line, {**os.environ, "WORLD_SIZE": str(world_size)}) for line in lines]
+        configs, _ = read(arguments, env)
+    else:
+        configs = [flags.parse(arguments, env)]
     if configs[0].training.dry_run:
         return True  # which checks more than this does
     for config in configs:
+        _targets(config)
         _weights(config)
         _annotations(config)
     return False
@@ -67,6 +69,18 @@ def _inference(arguments: Sequence[str], world_size: int) -> None:
         options = flags.parse(arguments, world_size=world_size)
     folder = sources.recognise(options)
     options.check(num_heads=folder.config.num_heads)
+
+
+def _targets(config: RunConfig) -> None:
+    """Match the LoRA targets, ranks and alpha with the model's layers."""
+    if config.lora is None:
+        return
+    from mindspeed_wan.lora.spec import LoraSpec
+    from mindspeed_wan.models.wan.config import WanConfig
+
+    section = config.lora
+    LoraSpec(rank=section.r, alpha=section.alpha, targets=section.target_modules, rslora=section.rslora,
+             rank_pattern=section.rank_pattern).resolve(WanConfig.from_dict(config.model.wan.to_dict()))
 
 
 def _weights(config: RunConfig) -> None:

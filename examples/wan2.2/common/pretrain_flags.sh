@@ -49,12 +49,19 @@ case ${PRECISION:-bf16} in
     fp32) FLAGS+=(--fp32) ;;
     *) fail 2 "PRECISION is '$PRECISION'" "set it to bf16 or fp32" ;;
 esac
+# EXPERT_RANKS=HIGH,LOW (or even): both experts side by side (--expert both), each on so many of the ranks.
+RANKS=$WORLD_SIZE
+if [[ -n ${EXPERT_RANKS:-} ]]; then
+    FLAGS+=(--expert-ranks "$EXPERT_RANKS")
+    if [[ $EXPERT_RANKS == even ]]; then RANKS=$((WORLD_SIZE / 2)); else RANKS=${EXPERT_RANKS%%,*}; fi
+    [[ $RANKS =~ ^[0-9]+$ ]] || RANKS=0
+fi
 # A global batch is what the ranks take together; a layout that does not divide the ranks is explained by the program.
-DP=$((WORLD_SIZE / (TP * PP * CP)))
+DP=$((RANKS / (TP * PP * CP)))
 if [[ -n ${GBS:-} ]]; then
     whole_number GBS 1
     FLAGS+=(--global-batch-size "$GBS")
-elif ((DP * TP * PP * CP == WORLD_SIZE && DP > 0)); then
+elif ((DP * TP * PP * CP == RANKS && DP > 0)); then
     FLAGS+=(--global-batch-size $((MBS * GRAD_ACC_STEP * DP)))
 fi
 ((VP > 1)) && FLAGS+=(--virtual-pipeline-model-parallel-size "$VP")

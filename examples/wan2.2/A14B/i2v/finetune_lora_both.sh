@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train a LoRA on each expert of Wan2.2 I2V A14B, high noise first: two runs in one job, two adapters in SAVE_PATH.
-# LOAD_PATH holds both experts (transformer/ and transformer_2/). Variables and flags as in finetune_lora_high.sh.
+# EXPERT_RANKS=even (or HIGH,LOW) trains them side by side instead, each on its own ranks. LOAD_PATH holds both experts
+# (transformer/ and transformer_2/). Variables and flags as in finetune_lora_high.sh.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
