@@ -23,6 +23,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "tp2_sp_fsdp2": (4, {"parallel": {**FSDP, "tensor": 2, "sequence_parallel": True}}),
     "tp2_cp2": (4, {"parallel": {**FSDP, "tensor": 2, "context": 2}}),
+    "pp2": (2, {"parallel": {"pipeline": 2}}),
+    "pp2_tp2_bf16": (4, {"parallel": {"pipeline": 2, "tensor": 2}, "training": {"precision": "bf16"}}),
     "hsdp": (4, {"parallel": FSDP, "fsdp2": {"sharding_size": 2}}),
 }
 
@@ -50,6 +52,7 @@ def load_run(rank: int, world_size: int, root: str, expert: str, layout: dict[st
 @pytest.mark.parametrize(("written", "read"), [
     ("tp2_sp_fsdp2", list(LAYOUTS)),
     ("one", ["tp2", "fsdp2"]),
+    ("pp2", ["one", "pp2", "tp2_cp2"]),
 ])
 def test_any_layout_reads_the_same_bits(written: str, read: list[str], tmp_path: Path) -> None:
     expert = str(tiny_pipeline_folder() / "transformer")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -71,7 +72,12 @@ class TinyRun:
 
     def gathered(self) -> dict[str, Tensor]:
         """Return every tensor of the checkpoint, whole. Collective."""
-        return {key: whole(tensor).clone() for key, tensor in self.state().items()}
+        mine = {key: whole(tensor).clone() for key, tensor in self.state().items()}
+        if self.groups.pp is None:
+            return mine
+        stages: list[dict[str, Tensor]] = [{} for _ in range(self.groups.pp.size())]
+        dist.all_gather_object(stages, mine, group=self.groups.pp)
+        return {key: tensor for stage in stages for key, tensor in stage.items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
