@@ -117,7 +117,8 @@ def _memory(config: RunConfig) -> str:
     kept += ", their inputs in host memory" if recompute.offload else ""
     kept += ", compiled blocks" if training.compile_blocks else ""
     ema = f", EMA {training.ema_decay:g}" if training.ema_decay else ""
-    weights = f"frozen {training.precision} base, fp32 adapters" if config.lora else "fp32 master weights"
+    lora = config.lora
+    weights = f"frozen {lora.base_dtype or training.precision} base, fp32 adapters" if lora else "fp32 master weights"
     return f"{training.precision} compute, {weights}, {kept}{ema}"
 
 

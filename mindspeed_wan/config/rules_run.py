@@ -286,6 +286,18 @@ def base_model_needs_lora(config: RunConfig, ranks: int | None) -> list[ConfigEr
     return []
 
 
+def base_dtype_fits(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """A base is not held in a type that the run then computes in by accident; kept layers need others that are not."""
+    lora, found = config.lora, []
+    if lora is None:
+        return []
+    if lora.base_dtype == "bf16" and config.training.precision == "fp32":
+        found += mistake("--base-dtype bf16 in a run that computes in fp32", "add --bf16, or use --base-dtype fp32")
+    if lora.base_keep and lora.base_dtype not in ("fp8", "int8"):
+        found += mistake("--base-keep names layers to leave out of --base-dtype fp8 or int8", "add one, or remove it")
+    return found
+
+
 RULES: tuple[RuleRow, ...] = (
     (pipeline_combines, frozenset({"parallel", "lora"})),
     (pipeline_splits_blocks, frozenset({"parallel", "model"})),
@@ -307,5 +319,6 @@ RULES: tuple[RuleRow, ...] = (
     (rollback_has_a_place, frozenset({"checkpoint", "training"})),
     (start_is_said, frozenset({"checkpoint"})),
     (base_model_needs_lora, frozenset({"checkpoint", "lora"})),
+    (base_dtype_fits, frozenset({"lora", "training"})),
 )
 """Every rule of this file, with the sections it reads."""

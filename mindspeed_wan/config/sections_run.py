@@ -270,5 +270,9 @@ class LoraSection(Section):
     """Rank-stabilised scaling."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Rank of single modules or name endings, instead of r."""
+    base_dtype: Literal["bf16", "fp32", "fp8", "int8"] | None = None
+    """How the frozen base is held; None is the compute type. fp8 and int8 hold the blocks' linear layers in 8 bits."""
+    base_keep: tuple[str, ...] = ()
+    """Block layers that fp8 and int8 leave in the compute type: blocks.0, ffn.2."""
     format: Literal["diffusers", "kohya", "kohya2", "comfy", "diffsynth", "lightx2v", "mm"] = "diffusers"
     """Format of the adapter file that every save writes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from mindspeed_wan.models.wan.views import global_view, global_views, local_slic
 from mindspeed_wan.parallel.groups import ParallelGroups
 
 DEFAULT_NAME = "default"
+View = TypeVar("View")
 _FACTOR = re.compile(rf"^(?P<module>.+)\.({LORA_A}|{LORA_B})\.(?P<adapter>[^.]+)\.weight$")
 
 
@@ -115,8 +117,8 @@ def adapter_views(model: WanDiT, groups: ParallelGroups | None = None, name: str
     }
 
 
-def split_views(views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split ``global_views`` into (base parameters, adapter factors)."""
+def split_views(views: Mapping[str, View]) -> tuple[dict[str, View], dict[str, View]]:
+    """Split ``global_views`` (or ``weight_views``) into (base parameters, adapter factors)."""
     base = {name: view for name, view in views.items() if not is_factor(name)}
     return base, {name: view for name, view in views.items() if name not in base}
 

@@ -1,7 +1,8 @@
 """LoRA runs: what is trained, where the base weights and the adapter start, and the adapter file beside each save.
 
-The base is frozen and stored in the compute type (bf16 under ``--bf16``: no masters, no moments, no gradients); the
-factors are fp32. Checkpoints hold the factors and their moments only. Where things come from:
+The base is frozen and stored in the compute type (bf16 under ``--bf16``: no masters, no moments, no gradients), or its
+blocks in 8 bits (``--base-dtype fp8`` or ``int8``); the factors are fp32. Checkpoints hold the factors and their
+moments only. Where things come from:
 
 ================================== ============================================ ==================================
 flags                              base weights                                 adapter
@@ -33,6 +34,8 @@ from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.lora import apply
 from mindspeed_wan.lora.formats import LoraFile, read_lora, write_lora
 from mindspeed_wan.lora.spec import LoraSpec
+from mindspeed_wan.models.quantization import quantize_layers
+from mindspeed_wan.models.quantization_spec import QuantizationSpec
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.views import global_views
@@ -56,20 +59,29 @@ def lora_spec(section: LoraSection) -> LoraSpec:
 
 
 def modifier(config: RunConfig) -> Callable[[WanDiT], None] | None:
-    """Return what ``build_wan`` does to the model before it is cut: put fp32 adapters on, freeze the rest."""
+    """Return what ``build_wan`` does to the model before it is cut: 8-bit layers, fp32 adapters, the rest frozen."""
     if config.lora is None:
         return None
-    spec = lora_spec(config.lora)
-    return lambda model: _add(model, spec)
+    spec, eight_bits = lora_spec(config.lora), base_quantization(config.lora)
+    return lambda model: _modify(model, spec, eight_bits)
 
 
-def _add(model: WanDiT, spec: LoraSpec) -> None:
+def _modify(model: WanDiT, spec: LoraSpec, eight_bits: QuantizationSpec | None) -> None:
+    if eight_bits is not None:
+        quantize_layers(model, eight_bits)
     apply.add_adapter(model, spec, dtype=torch.float32)
+
+
+def base_quantization(section: LoraSection) -> QuantizationSpec | None:
+    """Return which layers of the base are held in 8 bits."""
+    if section.base_dtype not in ("fp8", "int8"):
+        return None
+    return QuantizationSpec(f"{section.base_dtype}_weight_only", section.base_keep)
 
 
 def base_dtype(config: RunConfig) -> torch.dtype:
     """Return the dtype that parameters are stored in: fp32, but a frozen base in the type it computes in."""
-    frozen = config.lora is not None and config.training.precision == "bf16"
+    frozen = config.lora is not None and config.lora.base_dtype != "fp32" and config.training.precision == "bf16"
     return torch.bfloat16 if frozen else torch.float32
 
 
@@ -80,27 +92,45 @@ def trained_views(config: RunConfig, model: WanDiT, groups: ParallelGroups) -> d
 
 def card_entries(config: RunConfig) -> dict[str, Any]:
     """Return what ``wan.json`` says about the adapters; nothing for a full run."""
-    return {} if config.lora is None else {"lora": lora_spec(config.lora).to_dict()}
+    if config.lora is None:
+        return {}
+    eight_bits = base_quantization(config.lora)
+    return {"lora": lora_spec(config.lora).to_dict(),
+            **({"base_quantization": eight_bits.to_dict()} if eight_bits is not None else {})}
 
 
 def check_same_kind(card: Mapping[str, Any], config: RunConfig, where: str) -> None:
     """Require that a checkpoint to be resumed was saved by the same kind of run.
 
     Raises:
-        CheckpointError: adapters against all weights, or another rank, alpha, dropout or other targets.
+        CheckpointError: adapters against all weights, another rank, alpha, dropout or other targets, or a base that
+            was rounded in another way.
     """
-    stored, wanted = card.get("lora"), card_entries(config).get("lora")
+    entries = card_entries(config)
+    stored, wanted = card.get("lora"), entries.get("lora")
     if (stored is None) != (wanted is None):
         held, asked = ("all weights", "trains adapters") if stored is None else ("adapters", "trains all weights")
         raise CheckpointError(f"holds {held}, but this run {asked}", where=where,
                               fix="choose another --save, or the flags the run was started with")
     if stored is None or wanted is None:
         return
+    if card.get("base_quantization") != entries.get("base_quantization"):
+        raise CheckpointError(f"was trained on a base held in {_held(card)}, this run holds it in {_held(entries)}",
+                              where=where, fix="use the --base-dtype and --base-keep the run was started with, or "
+                              "another --save")
     changed = [f"{key} {stored.get(key)} instead of {value}" for key, value in wanted.items()
                if stored.get(key) != value]
     if changed:
         raise CheckpointError("was saved with other adapters: " + "; ".join(changed), where=where,
                               fix="use the --lora-* flags the run was started with, or another --save")
+
+
+def _held(entries: Mapping[str, Any]) -> str:
+    eight_bits = entries.get("base_quantization")
+    if not eight_bits:
+        return "its compute type"
+    kept = f" but {', '.join(eight_bits['keep'])}" if eight_bits["keep"] else ""
+    return f"{eight_bits['mode'].removesuffix('_weight_only')}{kept}"
 
 
 # ---- where a run starts ------------------------------------------------------------------------------------------
@@ -134,14 +164,16 @@ def check_adapter(config: RunConfig, wan: WanConfig) -> str:
     """Check targets and the adapter to start from without a model (``--dry-run``); returns a description.
 
     Raises:
-        ConfigError: a target that names nothing.
+        ConfigError: a target or a kept layer that names nothing.
         CheckpointError: an adapter file that does not fit.
     """
     assert config.lora is not None
     sizes = lora_spec(config.lora).resolve(wan)
+    eight_bits = base_quantization(config.lora)
+    held = f" on a base with {len(eight_bits.layers(wan))} layers in 8 bits" if eight_bits is not None else ""
     path = adapter_path(config)
     start = "fresh" if path is None else f"{read_lora(path, wan).num_values} values from {path}"
-    return f"{len(sizes)} modules, {start}"
+    return f"{len(sizes)} modules{held}, {start}"
 
 
 # ---- what is saved besides the checkpoint ------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mindspeed_wan.checkpoint import dcp
 from mindspeed_wan.checkpoint.dcp import Progress
 from mindspeed_wan.checkpoint.sources import Found, find
@@ -18,10 +20,10 @@ from mindspeed_wan.checkpoint.weights import checked, load_model_weights
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.lora.apply import split_views
+from mindspeed_wan.models.quantization import weight_views
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import init_weights
-from mindspeed_wan.models.wan.views import global_views
 from mindspeed_wan.parallel.agreement import first_decides, is_first
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.training import adapters
@@ -102,8 +104,9 @@ def _load_weights(config: RunConfig, model: WanDiT, groups: ParallelGroups, opti
         optimizer.parameters_to_masters()
         return
     masters = optimizer.masters()
-    base, _ = split_views(global_views(model, groups))
-    base = {name: dcp.view_like(view, masters[name]) if name in masters else view for name, view in base.items()}
+    base, _ = split_views(weight_views(model, groups))
+    base = {name: dcp.view_like(view, masters[name]) if isinstance(view, Tensor) and name in masters else view
+            for name, view in base.items()}
     report = load_model_weights(found.path, base, wan, expert=config.diffusion.expert,
                                 full_hash=section.verify)
     optimizer.masters_to_parameters()
