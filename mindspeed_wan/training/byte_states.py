@@ -116,6 +116,7 @@ class ByteStates:
     def __init__(self, shards: Mapping[str, Tensor], *, seed: int = 0, smallest: int = SMALLEST,
                  batch_bytes: int = BATCH_BYTES) -> None:
         self._seed, self._batch_bytes = seed, batch_bytes
+        self._names = list(shards)
         self._tables: dict[torch.device, dict[str, Tensor]] = {}
         self._whole: dict[str, Moments] = {}
         self._masters: dict[str, Tensor] = {}
@@ -164,15 +165,20 @@ class ByteStates:
 
     def masters(self) -> dict[str, Tensor]:
         """Return the live masters."""
-        whole = {n: s.master for n, s in self._whole.items() if s.master is not None}
-        return {**whole, **self._masters}
+        found = {n: s.master for n, s in self._whole.items() if s.master is not None} | self._masters
+        return {name: found[name] for name in self._names if name in found}
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """Return the live tensors of what is in fp32, and fp32 copies in host memory of the rest."""
-        found = {n: {"exp_avg": s.exp_avg, "exp_avg_sq": s.exp_avg_sq} for n, s in self._whole.items()}
-        for name in self._stored:
-            found[name] = {kind: values.cpu() for kind, values in self._decoded(name).items()}
-        return found
+        """Return the live tensors of what is in fp32, and fp32 copies in host memory of the rest.
+
+        In the parameters' order: which of them are small differs between ranks with uneven shards.
+        """
+        return {name: self._fp32(name) for name in self._names}
+
+    def _fp32(self, name: str) -> dict[str, Tensor]:
+        if name in self._whole:
+            return {kind: getattr(self._whole[name], kind) for kind in KINDS}
+        return {kind: values.cpu() for kind, values in self._decoded(name).items()}
 
     def take_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Encode what was written into those copies, to the nearest: values that came from here keep their codes."""

@@ -36,7 +36,7 @@ LAYOUTS = {
     "tp2-sp-recompute": (2, Layout({"tensor": 2, "sequence_parallel": True}, recompute=RecomputePlan())),
     "tp2-sp-fsdp2": (4, Layout({"tensor": 2, "sequence_parallel": True}, fsdp2=Fsdp2())),
     "tp2-cp2": (4, Layout({"tensor": 2, "context": 2})),
-    "cp2-fsdp2-recompute": (4, Layout({"context": 2}, fsdp2=Fsdp2(), recompute=RecomputePlan())),
+    "cp2-fsdp2-recompute": (4, Layout({"context": 2}, fsdp2=Fsdp2(), recompute=RecomputePlan(offload=True))),
 }
 Case = tuple[dict[str, Tensor], LoraFile, Batch]
 
