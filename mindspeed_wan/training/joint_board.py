@@ -89,5 +89,6 @@ class JointStop(StopRequest):
         if self._board.first and not self._because:  # one rank asks for all: the step's reduction tells the others
             standing = self._board.look()
             if standing.ended in ("stopped", "failed"):
-                self._because = f"the {self._board.other.name}-noise expert ({standing.reason})"
+                told = f" ({standing.reason})" if standing.ended == "stopped" else ""  # a failure is told on its own
+                self._because = f"the end of the {self._board.other.name}-noise expert{told}"
         return bool(self._because)

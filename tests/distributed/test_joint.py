@@ -189,7 +189,7 @@ def test_nan_in_one_expert_saves_and_stops_the_other(world: World, tmp_path: Pat
     assert high == low == 5
     assert told_high.startswith("the high-noise expert: the loss of iteration 2 is nan")
     assert "the high-noise expert failed: the loss of iteration 2 is nan" in told_low
-    assert "the low-noise expert: stopped by the high-noise expert" in told_low and "saved" in told_low
+    assert "the low-noise expert: stopped by the end of the high-noise expert after" in told_low and "saved" in told_low
     saved = int((tmp_path / "low" / "latest_checkpointed_iteration.txt").read_text())
     assert saved == metrics(tmp_path / "low")[-1]["iteration"] < 100
     assert not list((tmp_path / "high").glob("iter_*"))
@@ -211,7 +211,7 @@ def test_a_signal_for_one_rank_stops_both_experts(world: World, tmp_path: Path) 
     argv = world.flags(tmp_path, *both_flags(world), *EVEN, iters=500)
     results = run_joint(2, argv, signalled_rank, str(tmp_path / "low"))
     assert [code for code, _ in results] == [75, 75]
-    assert "stopped by the low-noise expert (stopped by SIGTERM)" in results[0][1] and "saved" in results[0][1]
+    assert "stopped by the end of the low-noise expert (stopped by SIGTERM)" in results[0][1] and "saved" in results[0][1]
     for expert in ("high", "low"):
         saved = int((tmp_path / expert / "latest_checkpointed_iteration.txt").read_text())
         assert saved == metrics(tmp_path / expert)[-1]["iteration"]
