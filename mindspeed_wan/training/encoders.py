@@ -29,7 +29,7 @@ from mindspeed_wan.training.conditions import known_pixels
 from mindspeed_wan.training.objective import SampleKey
 
 T = TypeVar("T")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class Encoders:
         self.vae: WanVAE | None = None
         self.text: TextEncoder | None = None
         if not model.load_video_features:
-            self.vae = WanVAE.from_pretrained(str(model.vae.path), _DTYPES[model.vae.dtype], self.device,
-                                              tiling=_tiling(model.vae))
+            self.vae = WanVAE.from_pretrained(str(model.vae.path), DTYPES[model.vae.dtype], self.device,
+                                              tiling=tiling(model.vae))
         if self.image_count:
-            self.clip = ImageEncoder.from_pretrained(str(model.image_encoder.path), _DTYPES[model.image_encoder.dtype],
+            self.clip = ImageEncoder.from_pretrained(str(model.image_encoder.path), DTYPES[model.image_encoder.dtype],
                                                      self.device)
         if not model.load_text_features:
             section = model.text_encoder
-            self.text = TextEncoder.from_pretrained(str(section.path), _DTYPES[section.dtype],
+            self.text = TextEncoder.from_pretrained(str(section.path), DTYPES[section.dtype],
                                                     "cpu" if self._offload_text else self.device,
                                                     tokenizer=section.tokenizer_path)
 
@@ -226,7 +226,8 @@ def _first_frame_mask(latents: Tensor) -> Tensor:
     return conditioning.mask_channels(conditioning.known_frames(frames), (latents.shape[3], latents.shape[4]))
 
 
-def _tiling(section: VaeSection) -> Tiling | None:
+def tiling(section: VaeSection) -> Tiling | None:
+    """Return the tiles that the configuration asks for."""
     return Tiling(*section.tile_size, *section.tile_stride) if section.tiling else None
 
 

@@ -28,8 +28,9 @@ from mindspeed_wan.training.validation import ValidationLoss
 class Run:
     """Everything one run works with; ``setup.prepare`` makes it.
 
-    ``evaluate`` returns the validation loss (collective); ``writer`` is ``None`` on ranks other than 0 and where
-    nothing is saved; ``saver`` is ``None`` without ``--save``.
+    ``evaluate`` returns the validation loss and ``show`` writes the validation videos of an iteration (both
+    collective); ``writer`` is ``None`` on ranks other than 0 and where nothing is saved; ``saver`` is ``None`` without
+    ``--save``.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Run:
     saver: Saver | None = None
     writer: MetricsWriter | None = None
     evaluate: Callable[[], ValidationLoss] | None = None
+    show: Callable[[int], None] | None = None
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -68,6 +70,8 @@ def train(run: Run, stop: StopRequest) -> None:
         stopping = stopping or _exit_interval_reached(run)
         if run.saver is not None and (last or stopping or _due(run.config.checkpoint.save_interval, run)):
             run.saver.save(run.progress, wait=last or stopping)
+        if run.show is not None and not stopping and _due(run.config.validation.video_interval, run):
+            run.show(run.progress.iteration)  # after the save, which a stop or a failure here must not lose
         if stopping and not last:
             raise _stopped(run, stop)
 

@@ -42,6 +42,7 @@ from mindspeed_wan.training.saving import Saver
 from mindspeed_wan.training.source import FeedOpener, OwnFeed
 from mindspeed_wan.training.step import TrainStep
 from mindspeed_wan.training.validation import Validation
+from mindspeed_wan.training.validation_videos import ValidationVideos
 
 
 def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFeed) -> Run:
@@ -92,6 +93,7 @@ def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFe
         first_rank=is_first(),
         ema=ema,
         evaluate=Validation(config, step, source.evaluation) if evaluates else None,
+        show=ValidationVideos(config, model, groups, platform) if config.validation.prompts else None,
     )
     if lock is not None:
         files = adapters.AdapterFiles(config, model, groups, ema) if config.lora is not None else None

@@ -14,7 +14,7 @@ from mindspeed_wan.config.flags import parse
 from mindspeed_wan.errors import ConfigError
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import tiny_clips
-from tests.helpers.world import World, make_world, train_rank
+from tests.helpers.world import World, losses, make_world, train_rank
 
 EVALUATE = ("--eval-interval", "2", "--eval-iters", "2")
 
@@ -80,7 +80,7 @@ def test_an_adapter_is_measured_on_its_base(world: World, tmp_path: Path) -> Non
     (("--valid-mm-data", "{valid}"), "without evaluations"),
     (("--validation-video-interval", "2"), "without --validation-prompts"),
     (("--validation-steps", "2"), "no video is made"),
-    (("--validation-prompts", "{valid}", "--validation-video-interval", "2", "--expert", "low"), "cannot start from noise"),
+    (("--validation-prompts", "{valid}", "--validation-video-interval", "2", "--expert", "low"), "start from noise"),
     (("--validation-prompts", "/nowhere.txt", "--validation-video-interval", "2"), "/nowhere.txt does not exist"),
 ])
 def test_what_cannot_work_is_refused(world: World, tmp_path: Path, more: tuple[str, ...], expected: str) -> None:
@@ -88,3 +88,49 @@ def test_what_cannot_work_is_refused(world: World, tmp_path: Path, more: tuple[s
     expert = "low" if "low" in words else "high"
     with pytest.raises(ConfigError, match=expected):
         parse(world.flags(tmp_path, *words, expert=expert), {})
+
+
+def videos(world: World, *more: str, interval: int = 2) -> tuple[str, ...]:
+    prompts = world.files / "prompts.txt"
+    prompts.write_text("# what to look at\na red square moves left\n\na blue circle moves up\na cat\n")
+    return ("--validation-prompts", str(prompts), "--validation-video-interval", str(interval),
+            "--validation-steps", "6", "--validation-shift", "5", *more)
+
+
+def frames(path: Path) -> Any:
+    from mindspeed_wan.evaluation.frames import read_frames
+
+    return read_frames(path)[0]
+
+
+def test_videos_disturb_nothing_and_both_experts_make_them(world: World, tmp_path: Path) -> None:
+    other = ("--validation-other-expert", str(world.model / "transformer_2"))
+    run_ranks(train_rank, 1, world.flags(tmp_path / "plain", iters=4), init=False)
+    run_ranks(train_rank, 1, world.flags(tmp_path / "shown", *videos(world, *other), iters=4), init=False)
+    assert losses(tmp_path / "shown") == losses(tmp_path / "plain")
+    shown = tmp_path / "shown" / "validation"
+    assert sorted(path.name for path in shown.iterdir()) == ["iter_0000002", "iter_0000004"]
+    told = json.loads((shown / "iter_0000004" / "videos.json").read_text())
+    assert [video["prompt"] for video in told["videos"]][2] == "a cat" and "note" not in told
+    assert frames(shown / "iter_0000004" / "002.mp4").shape == (5, 32, 48, 3)
+
+
+def test_every_layout_shows_the_same_video(world: World, tmp_path: Path) -> None:
+    flags = ("--lr", "0", "--min-lr", "0", *videos(world, "--validation-guidance", "1", interval=1))
+    run_ranks(train_rank, 1, world.flags(tmp_path / "one", *flags, iters=1), init=False)
+    layout = ("--tensor-model-parallel-size", "2", "--use-torch-fsdp2")
+    run_ranks(train_rank, 4, world.flags(tmp_path / "four", *flags, *layout, iters=1))
+    for number in range(3):
+        one, four = (frames(tmp_path / name / "validation" / "iter_0000001" / f"{number:03d}.mp4").astype(int)
+                     for name in ("one", "four"))
+        assert one.std() > 20 and abs(one - four).mean() < 1  # a rounding apart, which H.264 spreads over some pixels
+    told = json.loads((tmp_path / "four" / "validation" / "iter_0000001" / "videos.json").read_text())
+    assert "predicts at the boundary" in told["note"]
+
+
+def test_the_other_expert_leaves_no_trace_in_an_adapter_run(world: World, tmp_path: Path) -> None:
+    lora = ("--lora-r", "4", "--lora-target-modules", "proj_q", "ffn.0", "--use-torch-fsdp2", "--bf16")
+    run_ranks(train_rank, 2, world.flags(tmp_path / "plain", *lora, expert="low", iters=3))
+    shown = videos(world, "--validation-other-expert", str(world.model / "transformer"), interval=1)
+    run_ranks(train_rank, 2, world.flags(tmp_path / "shown", *lora, *shown, expert="low", iters=3))
+    assert losses(tmp_path / "shown") == losses(tmp_path / "plain")
