@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
     """Run one command line and return the exit code; errors are raised as ``WanError``."""
     argv = ["--print_config" if word.startswith("--print_config=") else word for word in argv]
     names, rest = _split_names(argv)
+    _check_name(names[-1] if names else "hf_to_mm")
     parser = _parser()
     if not argv or (rest[:1] in (["-h"], ["--help"]) and not names):
         parser.print_help()
@@ -91,10 +92,16 @@ def _resolve_names(names: list[str], file: Mapping[str, Any]) -> tuple[str, str]
     if verb in ELSEWHERE:
         raise ConfigError(f"{verb} is not a verb of mm-convert here", fix=ELSEWHERE[verb])
     if verb not in VERBS:
-        known = [*VERBS, *CONVERTERS]
-        raise ConfigError(f"unknown verb or converter {verb!r}", fix=did_you_mean(verb, known)
-                          or f"one of: {', '.join(VERBS)}; converters: {', '.join(CONVERTERS)}")
+        _check_name(verb)
+        raise ConfigError("no verb", fix=f"one of: {', '.join(VERBS)}")
     return converter, verb
+
+
+def _check_name(name: str) -> None:
+    known = [*VERBS, *CONVERTERS]
+    if name not in known and name not in ELSEWHERE and not name.startswith("-"):
+        raise ConfigError(f"unknown verb or converter {name!r}", fix=did_you_mean(name, known)
+                          or f"one of: {', '.join(VERBS)}; converters: {', '.join(CONVERTERS)}")
 
 
 # ---- options -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ _VIRTUAL = re.compile(r"model(\d+)")
 class Parallel:
     """How an MM checkpoint is cut: ``tp`` ranks, and ``layers[v][p]`` blocks in virtual chunk v of stage p.
 
-    ``layers`` is empty when there is no pipeline.
+    ``layers`` is empty when there is no pipeline; ``blocks`` is then how many blocks the user counted, if any.
     """
 
     tp: int = 1
     layers: tuple[tuple[int, ...], ...] = ()
+    blocks: int | None = field(default=None, compare=False)
 
     @property
     def stages(self) -> int:
@@ -64,13 +65,14 @@ class Parallel:
             raise ConfigError(f"{pp_layers!r} must hold positive whole numbers", where=where)
         if len({len(row) for row in rows}) > 1:
             raise ConfigError(f"{pp_layers!r}: every virtual chunk needs the same number of stages", where=where)
-        if rows and len(rows) == 1 and len(rows[0]) == 1:
-            rows = []
+        if len(counts) == 1:
+            return cls(tp, blocks=counts[0])
         return cls(tp, tuple(tuple(row) for row in rows))
 
     def check(self, config: WanConfig) -> None:
         """Raise ``ConfigError`` when the layout does not fit the model."""
-        if self.layers and (total := sum(map(sum, self.layers))) != config.num_layers:
+        total = sum(map(sum, self.layers)) if self.layers else self.blocks
+        if total not in (None, config.num_layers):
             raise ConfigError(f"pp_layers adds up to {total} blocks, the model has {config.num_layers}",
                               where="--cfg.target_parallel_config.pp_layers")
         if config.num_heads % self.tp or config.ffn_dim % self.tp:

@@ -33,6 +33,8 @@ def read_annotation(path: Path, folder: Path, problems: Problems) -> list[ClipRe
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
+        if not path.exists():
+            raise DataError("does not exist", where=str(path), fix="check the path of the annotation")
         raise DataError(f"'{path.suffix}' is not an annotation format", where=str(path),
                         fix=f"known: {', '.join([*readers, '.toml'])}, data.txt, or a folder")
     found = (record_from_row(row, source, folder, problems) for row, source in reader(path, problems))

@@ -56,8 +56,10 @@ class LoraOptions:
         found = []
         for expert, prefix in zip(EXPERTS, ("lora", "lora_high")):
             paths, weights = (getattr(self, f"{expert}_{what}") for what in ("paths", "weights"))
-            if weights and len(weights) not in (1, len(paths)):
+            if paths and weights and len(weights) not in (1, len(paths)):
                 found.append(f"--{prefix}_weight has {len(weights)} values for {len(paths)} files of --{prefix}_path")
+            if weights and not paths:
+                found.append(f"--{prefix}_weight without --{prefix}_path")
             found += [f"--{prefix}_path {path} does not exist" for path in paths if not path.exists()]
         if self.merge and not self:
             found.append("--lora_merge without --lora_path or --lora_high_path")

@@ -7,6 +7,7 @@ is a safetensors folder in the Diffusers or the original layout, committed in on
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -79,9 +80,11 @@ def merge_files(
         staging = staging_folder(target)
         try:
             job.write(staging, shard_bytes, on_parameter)
+            commit_folder(staging, target)
         except OSError as error:
             raise disk_error(error, staging) from None
-        commit_folder(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # after a failure: tens of GB on a disk that is full
     job.result.folder, job.result.seconds = target, time.monotonic() - started
     return job.result
 

@@ -42,7 +42,7 @@ whole_number() { # whole_number VARIABLE LEAST
 }
 
 filled_in() { # filled_in VARIABLE: a path left as a template had it is an error
-    local value=${!1} placeholder='(path[ _-]?to([^a-z]|$)|your[ _/-]|/your$|^your$|\[[a-z _-]+\]|<[^<>]+>|xxx|\.\.\.$|\$)'
+    local value=${!1} placeholder='(path[ _/-]?to([^a-z]|$)|your[ _/-]|/your$|^your$|\[[a-z _-]+\]|<[^<>]+>|xxx|\.\.\.$|\$)'
     shopt -s nocasematch
     if [[ $value =~ $placeholder && ! -e $value ]]; then
         fail 2 "$1 is still a placeholder: '$value'" "set $1 to a real path"
