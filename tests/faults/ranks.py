@@ -189,9 +189,9 @@ def _busy_in_training(place: Path) -> float:
         job.end()
 
 
-def _waiting_job(place: Path, **options: Path) -> Job:
+def _waiting_job(place: Path, script: Path = REPOSITORY / "pretrain_sora.py") -> Job:
     return Job(place / "run", "--save-interval", str(INTERVAL), "--distributed-timeout-minutes",
-               str(TIMEOUT_SECONDS / 60), **options)
+               str(TIMEOUT_SECONDS / 60), script=script)
 
 
 def _ends_with_6(job: Job, message: str) -> float:

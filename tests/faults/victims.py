@@ -110,6 +110,35 @@ def bad_numbers(spec: str, rank: int) -> None:
     TrainStep.accumulate, TrainStep.losses = accumulate, bad_losses  # type: ignore[method-assign]
 
 
+def full_disk(size: str, rank: int) -> None:
+    """Let every write beyond ``size`` bytes of a file fail from the first save on."""
+    import resource
+
+    from mindspeed_wan.training.saving import Saver
+
+    real = Saver.save
+
+    def save(self: Any, *args: Any, **options: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        real(self, *args, **options)
+
+    Saver.save = save  # type: ignore[method-assign]
+
+
+def full_disk_for_adapters(nothing: str, rank: int) -> None:
+    """Let the adapter's file be the one that does not fit any more."""
+    from mindspeed_wan.training import adapters
+    from tests.faults.saves import file_size_limit
+
+    real = adapters.write_lora
+
+    def write(*args: Any, **options: Any) -> Any:
+        with file_size_limit(5000):
+            return real(*args, **options)
+
+    adapters.write_lora = write
+
+
 def no_network(record: str, rank: int) -> None:
     """Refuse every connection but those of this machine, and note each attempt in the file ``record``."""
     real = socket.socket.connect
