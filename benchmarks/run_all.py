@@ -22,6 +22,7 @@ RESULTS = HERE / "results"
 JOBS: dict[str, list[str]] = {
     "DiT step beside diffusers": ["dit_step.py"],
     "generation beside diffusers": ["generate.py"],
+    "start-up": ["startup.py"],
     "data loading": ["data.py"],
     "converters, 4 of 40 blocks": ["convert.py", "--layers", "4"],
     "LoRA merge, 4 of 40 blocks": ["lora_merge.py", "--layers", "4"],
