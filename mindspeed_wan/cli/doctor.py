@@ -22,24 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mindspeed_wan import __version__
+from mindspeed_wan.cli.doctor_devices import check_ascend, check_container, check_cpu, check_nvidia
+from mindspeed_wan.cli.findings import ERROR, OK, WARNING, Finding
 from mindspeed_wan.errors import EXIT_OK, EXIT_RESOURCE, WanError
 from mindspeed_wan.platforms import DEVICE_VARIABLE, available_platforms, cann, get_platform
 
 HELP = "what this machine can run, and the fix for what it cannot"
 
-OK, WARNING, ERROR = "ok", "warning", "error"
 SHARED_MEMORY_NEEDED = 1 << 30
 OPEN_FILES_NEEDED = 4096
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: what was looked at, the verdict, what was found and what to do about it."""
-
-    name: str
-    verdict: str
-    detail: str
-    fix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +92,10 @@ def examine() -> list[Finding]:
         check_torch,
         check_platform,
         check_accelerator_software,
+        check_ascend,
+        lambda: check_nvidia(torch_cuda=_torch_cuda()),
+        check_cpu,
+        check_container,
         check_packages,
         check_video_readers,
         check_attention,
@@ -237,6 +232,12 @@ def check_accelerator_software() -> list[Finding]:
         detail = f"{npu_version} does not belong to torch {torch.__version__}"
         findings.append(Finding("torch_npu", WARNING, detail, fix))
     return findings
+
+
+def _torch_cuda() -> str | None:
+    """Return the CUDA that torch was built for."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.version.cuda
 
 
 def _release(version: str) -> tuple[int, ...]:

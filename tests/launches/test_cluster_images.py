@@ -47,6 +47,32 @@ def test_commands_of_images_are_valid_bash(path: Path) -> None:
             assert done.returncode == 0, done.stderr
 
 
+def test_entry_point_and_context() -> None:
+    """The entry point is found from any working directory, and no build takes environments or weights along."""
+    entry = dict(instructions(DOCKER / "Dockerfile.cann"))["ENTRYPOINT"]
+    workdir = dict(instructions(DOCKER / "Dockerfile.cann"))["WORKDIR"]
+    assert f'"{workdir}/docker/cann_entry.sh"' in entry
+    ignored = (DOCKER.parent / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {".git", ".venv*", "ckpt", "runs", "site"} <= set(ignored)
+
+
+def test_extras_and_versions_are_those_of_the_package() -> None:
+    """Installed extras exist, and every pinned torch and megatron-core is a supported one."""
+    tomllib = pytest.importorskip("tomllib")
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    ranges = {r.name: r.specifier for r in map(Requirement, [*project["dependencies"], *extras["train"]])}
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for group in re.findall(r"'\.\[([\w,]+)\]'", text):
+            assert set(group.split(",")) <= set(extras)
+        pins = {"torch": re.findall(r"^ARG TORCH=(\S+)", text, re.MULTILINE),
+                "megatron-core": re.findall(r"megatron-core==([\d.]+)", text)}
+        assert all(version in ranges[name] for name, found in pins.items() for version in found)
+
+
 def test_entry_script_becomes_its_command(tmp_path: Path) -> None:
     entry = DOCKER / "cann_entry.sh"
     done = subprocess.run(["bash", str(entry), "sh", "-c", "exit 75"], check=False, timeout=30)

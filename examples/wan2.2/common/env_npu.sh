@@ -10,6 +10,10 @@ if [[ -z ${ASCEND_HOME_PATH:-} ]]; then
         fi
     done
 fi
+if [[ -d /usr/local/Ascend/driver/lib64 && :${LD_LIBRARY_PATH:-}: != *:/usr/local/Ascend/driver/lib64/driver:* ]]; then
+    driver=/usr/local/Ascend/driver/lib64 # the host's, mounted into a container
+    export LD_LIBRARY_PATH=$driver/common:$driver/driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+fi
 # 1 makes FSDP2's communication wait for its computation.
 [[ ${CUDA_DEVICE_MAX_CONNECTIONS:-2} == 1 ]] && echo "note: CUDA_DEVICE_MAX_CONNECTIONS=1 slows FSDP2 down; using 2" >&2
 [[ ${CUDA_DEVICE_MAX_CONNECTIONS:-1} == 1 ]] && export CUDA_DEVICE_MAX_CONNECTIONS=2
