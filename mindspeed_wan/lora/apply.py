@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,7 +26,6 @@ from mindspeed_wan.models.wan.views import global_view, global_views, local_slic
 from mindspeed_wan.parallel.groups import ParallelGroups
 
 DEFAULT_NAME = "default"
-View = TypeVar("View")
 _FACTOR = re.compile(rf"^(?P<module>.+)\.({LORA_A}|{LORA_B})\.(?P<adapter>[^.]+)\.weight$")
 
 
@@ -41,7 +40,11 @@ def add_adapter(
     The factors take the device (usually meta) of the layer's weight, and its dtype (the one it computes in, of a layer
     in 8 bits) unless ``dtype`` is given (fp32 factors on a frozen bf16 model), and are not initialised.
     """
-    sizes = spec.resolve(model.config)
+    held = linear_modules_of(model)
+    sizes = {mm: size for mm, size in spec.resolve(model.config).items() if mm in held}
+    if not sizes:
+        raise ConfigError("no module of this pipeline stage gets an adapter",
+                          fix="name modules of every block in --lora-target-modules, or use fewer stages")
     _check_name(model, name)
     model.requires_grad_(False)
     for mm, size in sizes.items():
@@ -80,15 +83,17 @@ def fill_adapter(
     A file's scale may differ from the run's: B is multiplied by the ratio, so the model computes the same.
     """
     hooks = dict(_hooks(model, name))
-    if hooks.keys() != lora.adapters.keys():
-        extra, missing = sorted(lora.adapters.keys() - hooks.keys()), sorted(hooks.keys() - lora.adapters.keys())
+    elsewhere = linear_modules(model.config).keys() - linear_modules_of(model).keys()
+    given = {mm: adapter for mm, adapter in lora.adapters.items() if mm not in elsewhere}
+    if hooks.keys() != given.keys():
+        extra, missing = sorted(given.keys() - hooks.keys()), sorted(hooks.keys() - given.keys())
         raise CheckpointError(f"the adapter file and the run have other modules: {len(extra)} only in the file "
                               f"{extra[:3]}, {len(missing)} only in the run {missing[:3]}",
                               fix="set --lora-target-modules as the adapter was trained")
     if lora.diffs:
         raise CheckpointError("an adapter with plain differences cannot be trained further", fix="merge it first")
     views = adapter_views(model, groups, name)
-    for mm, adapter in lora.adapters.items():
+    for mm, adapter in given.items():
         ratio = adapter.scale / hooks[mm].settings[name].scale
         for part, tensor in ((LORA_A, adapter.down), (LORA_B, adapter.up * ratio if ratio != 1.0 else adapter.up)):
             view = views[f"{mm}.{part}.{name}.weight"]
@@ -117,8 +122,8 @@ def adapter_views(model: WanDiT, groups: ParallelGroups | None = None, name: str
     }
 
 
-def split_views(views: Mapping[str, View]) -> tuple[dict[str, View], dict[str, View]]:
-    """Split ``global_views`` (or ``weight_views``) into (base parameters, adapter factors)."""
+def split_views(views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split ``global_views`` into (base parameters, adapter factors)."""
     base = {name: view for name, view in views.items() if not is_factor(name)}
     return base, {name: view for name, view in views.items() if name not in base}
 
@@ -213,7 +218,16 @@ def export_adapter(
     for mm, hook in _hooks(model, name):
         down, up = whole(f"{mm}.{LORA_A}.{name}.weight"), whole(f"{mm}.{LORA_B}.{name}.weight")
         adapters[mm] = Adapter(down, up, hook.settings[name].scale * down.shape[0])
-    return LoraFile(adapters)
+    return LoraFile(_of_all_stages(adapters, groups))
+
+
+def _of_all_stages(adapters: dict[str, Adapter], groups: ParallelGroups | None) -> dict[str, Adapter]:
+    """Return the adapters of every pipeline stage on each of them. Collective."""
+    if groups is None or groups.pp is None:
+        return adapters
+    stages: list[dict[str, Adapter]] = [{} for _ in range(groups.pp.size())]
+    dist.all_gather_object(stages, adapters, group=groups.pp)
+    return {mm: adapter for stage in stages for mm, adapter in stage.items()}
 
 
 # ---- plain differences ------------------------------------------------------------------------------------------
@@ -250,10 +264,12 @@ def _adapted(model: WanDiT, mm: str) -> tuple[nn.Module, LoraHook]:
 
 
 def linear_modules_of(model: WanDiT) -> dict[str, LinearModule]:
-    """Return ``linear_modules`` of the model's configuration (kept with the model: the table has 406 rows)."""
+    """Return ``linear_modules`` of what this rank holds (kept with the model: the table has 406 rows)."""
     cached = model.__dict__.get("_lora_linear_modules")
     if cached is None:
-        cached = model.__dict__["_lora_linear_modules"] = linear_modules(model.config)
+        held = {name for name, _ in model.named_modules()}
+        table = linear_modules(model.config)
+        cached = model.__dict__["_lora_linear_modules"] = {mm: row for mm, row in table.items() if mm in held}
     return cached
 
 

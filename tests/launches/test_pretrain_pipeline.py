@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.helpers.spawn import run_ranks
 from tests.helpers.world import World, make_world, metrics, train_rank, with_cached_features, write_json
 
 ITERATIONS = 6
 BLOCKS = 4
-SCRATCH = ["--load", "", "--from-scratch"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 VPP2 = [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"]
@@ -28,20 +30,21 @@ EVALUATE = ["--eval-interval", "3", "--eval-iters", "1"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A job whose model has four blocks."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A job whose model has two blocks and weights."""
     online = make_world(tmp_path_factory.mktemp("online"), num_frames=5, size=(32, 48))
-    job = with_cached_features(online, tmp_path_factory.mktemp("world"))
-    give_blocks(job, num_layers=BLOCKS)
-    return job
+    return with_cached_features(online, tmp_path_factory.mktemp("tiny"))
 
 
-def give_blocks(job: World, **keys: Any) -> None:
-    """Change keys of the predictor in the model file."""
-    path = job.files / "model_high.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["predictor"].update(keys)
-    write_json(path, values)
+@pytest.fixture(scope="module")
+def world(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The same job with a model of four blocks."""
+    files = tmp_path_factory.mktemp("world")
+    values = json.loads((tiny.files / "model_high.json").read_text(encoding="utf-8"))
+    values["predictor"].update(num_layers=BLOCKS)
+    write_json(files / "model_high.json", values)
+    write_json(files / "data.json", json.loads((tiny.files / "data.json").read_text(encoding="utf-8")))
+    return World(tiny.model, tiny.data, files)
 
 
 def flags(world: World, save: Path, *more: str) -> list[str]:
@@ -91,3 +94,15 @@ def test_stages_in_bf16_follow_the_run_of_one_rank(world: World, tmp_path: Path)
     run_ranks(train_rank, 1, flags(world, one, "--bf16"), init=False)
     run_ranks(train_rank, 2, flags(world, two, "--bf16", *PP2))
     assert_same(metrics(two), metrics(one), tolerance=1e-2)
+
+
+def test_adapters_of_every_stage_are_trained_and_written(tiny: World, tmp_path: Path) -> None:
+    lora = ["--lora-r", "4", "--lora-alpha", "8", "--lora-target-modules", "proj_q,proj_v,ffn.0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_ranks(train_rank, 1, tiny.flags(one, *lora), init=False)
+    run_ranks(train_rank, 2, tiny.flags(two, *lora, *PP2))
+    assert_same(metrics(two), metrics(one))
+    wanted, found = (load_file(save / "iter_0000003" / "adapter.safetensors") for save in (one, two))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=partial("{}: {}".format, name))

@@ -178,15 +178,11 @@ def test_torn_tracker_lfs_pointer_and_truncation(tmp_path: Path, expert: tuple[P
     assert "truncated" in refuse(tmp_path / "cut", config).message
 
 
-def test_pipeline_splits_and_missing_ranks_are_refused(tmp_path: Path,
-                                                       expert: tuple[Path, WanConfig, Weights]) -> None:
+def test_missing_ranks_are_refused(tmp_path: Path, expert: tuple[Path, WanConfig, Weights]) -> None:
     _, config, weights = expert
     root = mp_rank_root(tmp_path / "tp", weights, config, 2)
     shutil.rmtree(root / "release" / "mp_rank_00")
     assert "one is missing" in refuse(root, config).message
-    root = mp_rank_root(tmp_path / "pp", weights, config, 1)
-    (root / "release" / "mp_rank_00").rename(root / "release" / "mp_rank_00_000")
-    assert "resplit" in str(refuse(root, config).fix)
 
 
 def test_videox_folders_hold_the_other_expert(tmp_path: Path) -> None:
