@@ -22,7 +22,6 @@ from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference import memory, video_io
 from mindspeed_wan.inference.adapters import ExpertAdapters, read_adapters
 from mindspeed_wan.inference.calibration import Recorder, write_table
-from mindspeed_wan.inference.compiler import check_compiler
 from mindspeed_wan.inference.denoise import Conditions, Denoiser, OnProgress, StepTimes, draw_noise
 from mindspeed_wan.inference.experts import Experts, open_experts
 from mindspeed_wan.inference.guidance_options import GuidancePlan
@@ -37,6 +36,7 @@ from mindspeed_wan.inference.vae_parallel import ParallelVAE
 from mindspeed_wan.models.quantization_spec import expert_bytes
 from mindspeed_wan.models.vae import Tiling, WanVAE, latent_shape
 from mindspeed_wan.platforms import attention, get_platform, ops
+from mindspeed_wan.platforms.compiler import check_compiler
 
 T = TypeVar("T")
 

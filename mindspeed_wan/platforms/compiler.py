@@ -1,4 +1,9 @@
-"""Whether ``torch.compile`` can make kernels on this machine; asked before ``--compile`` starts a run."""
+"""Whether ``torch.compile`` can make kernels on this machine; asked before ``--compile`` starts a run.
+
+Blocks are compiled one by one (``models.wan.parallelize``) and share one graph: all blocks, both experts, both guidance
+branches and every step. The memory modes change the values of parameters, never their shapes, so none of them compiles
+again; another picture size does.
+"""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import torch
 from packaging.version import Version
 
 from mindspeed_wan.errors import ConfigError, ResourceError
-from mindspeed_wan.inference import compiler
 from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.flags import parse
 from mindspeed_wan.inference.guidance_options import GuidanceOptions
 from mindspeed_wan.inference.pipeline import WanGenerator
+from mindspeed_wan.platforms import compiler
 from tests.helpers.tiny import tiny_pipeline_folder
 
 ASK = {"size": (32, 48), "num_frames": 5, "steps": 6, "seed": 1, "decode": False, "prompt": "a red circle moves left"}
