@@ -1,7 +1,8 @@
 """The four migration tutorials, every command as it stands: tiny folders with the users' own file formats.
 
 A page's ``bash`` blocks are one script, run in a temporary directory with CPU ranks. Only the imports are shared
-(``tests/helpers/warm.py``), so that a page takes seconds; ``slow`` runs the pages once more with ordinary processes.
+(``tests/helpers/warm.py``), so that a page takes seconds. By default the first page runs; ``slow`` are the others, and
+the first once more with ordinary processes. tests/architecture/test_docs.py checks the commands of all pages by name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.launches.test_launch_shell import SETTABLE
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 _BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DEFAULT = "mindspeed-mm"
 RESULTS: dict[str, tuple[str, ...]] = {
     "mindspeed-mm": ("runs/high/iter_0000002/manifest.json", "runs/low/iter_0000003/manifest.json",
                      "samples/video_0.mp4", "out/model_index.json", "out/transformer_2/config.json"),
@@ -63,17 +65,17 @@ def _settings(port: int) -> dict[str, str]:
     return {"WAN": str(ROOT), "DEVICE": "cpu", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("name", [DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in RESULTS
+                                             if name != DEFAULT)])
 def test_every_command_runs(name: str, warm: WarmPython, tmp_path: Path) -> None:
     work = follow(name, tmp_path, warm.environment(**_settings(_free_port())))
     CHECKS.get(name, lambda work: None)(work)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RESULTS)
-def test_every_command_runs_in_ordinary_processes(name: str, tmp_path: Path) -> None:
+def test_every_command_runs_in_ordinary_processes(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    follow(name, tmp_path, {**os.environ, "PATH": path, "PYTHON": sys.executable, **_settings(_free_port())})
+    follow(DEFAULT, tmp_path, {**os.environ, "PATH": path, "PYTHON": sys.executable, **_settings(_free_port())})
 
 
 def _contains(whole: Any, part: Any) -> bool:
