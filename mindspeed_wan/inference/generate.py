@@ -143,6 +143,7 @@ def _record(
         "num_frames": settings["num_frames"], "settings": settings, "settings_hash": settings_hash(settings),
         "seconds": {name: round(value, 4) for name, value in stages.items()},
         "step_seconds": {name: [round(value, 4) for value in values] for name, values in result.steps.items()},
+        "dit_evaluations": result.evaluations,
         "peak_memory_gib": runtime.platform.peak_memory_bytes() / 2**30,
         "layout": asdict(runtime.layout), "memory": generator.plan.mode if generator.plan else None,
         "device": runtime.platform.device_name(), "weights": str(generator.options.ckpt_dir or ""),

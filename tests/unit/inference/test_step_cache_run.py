@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from mindspeed_wan.diffusion.schedule import sigmas
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.cache_options import CacheOptions
+from mindspeed_wan.inference.calibration import read_table
 from mindspeed_wan.inference.pipeline import WanGenerator
+from mindspeed_wan.inference.step_cache import StepCache
 from tests.helpers.tiny import tiny_pipeline_folder
 
 ASK = {"size": (32, 48), "num_frames": 5, "steps": 12, "seed": 1, "decode": False, "prompt": "a red circle moves left"}
@@ -48,6 +52,69 @@ def test_calibrated_table_is_used(generator: WanGenerator, tmp_path: Path) -> No
     assert 0 < _error(generator(**ASK, cache=teacache).latents, exact) < 1
     with pytest.raises(ConfigError, match="measured at shift 12, this run uses 5"):
         generator(**ASK, shift=5.0, cache=CacheOptions(method="magcache", table=table))
+
+
+def test_decisions_on_a_model_are_those_of_the_rules_run_online(
+    generator: WanGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the cached run a bystander decides at every step as the published code does, from what the model shows."""
+    table = tmp_path / "table.json"
+    generator(**ASK, cache=CacheOptions(calibrate=table))
+    for cache in (CacheOptions(method="teacache", coefficients=((1.0, 0.0), (0.5, 0.0)), threshold=0.9),
+                  CacheOptions(method="magcache", table=table, threshold=0.3, max_skips=2, retention=0.2)):
+        online = _Online(cache, generator)
+        begin = StepCache.begin
+
+        def watched(self: StepCache, step: int, expert: str, model, begin=begin, online=online) -> None:
+            begin(self, step, expert, model)
+            online.decide(step, expert, model, self.plan.compute[step])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StepCache, "begin", watched)
+            generator(**ASK, cache=cache)
+        assert online.expected == online.followed and not all(online.followed), cache.method
+
+
+class _Online:
+    """TeaCache's and MagCache's decisions step by step, with the state their authors keep, cleared at the switch."""
+
+    def __init__(self, cache: CacheOptions, generator: WanGenerator) -> None:
+        self.cache, self.expert, self.place = cache, "", 0
+        self.schedule = sigmas(ASK["steps"], 12.0, "official", "unipc")
+        self.lengths = dict(zip(("high", "low"), self.schedule.expert_steps(0.875)))
+        self.ratios = read_table(cache.table).ratios if cache.table else ()
+        self.expected: list[bool] = []
+        self.followed: list[bool] = []
+
+    def decide(self, step: int, expert: str, model, followed: bool) -> None:
+        if expert != self.expert:
+            self.expert, self.place, self.sum, self.ratio, self.skips, self.before = expert, 0, 0.0, 1.0, 0, None
+        compute = self._teacache(step, model) if self.cache.method == "teacache" else self._magcache(step)
+        self.expected.append(compute)
+        self.followed.append(followed)
+        self.place += 1
+
+    def _teacache(self, step: int, model) -> bool:
+        now = model.time_modulation(self.schedule.timestep(step))
+        before, self.before = self.before, now
+        if before is None or step < 5:
+            return True
+        slope = self.cache.coefficients[self.expert == "low"][0]
+        self.sum += slope * float((now - before).abs().mean() / before.abs().mean())
+        if self.sum < self.cache.threshold:
+            return False
+        self.sum = 0.0
+        return True
+
+    def _magcache(self, step: int) -> bool:
+        if self.place < max(1, math.ceil(self.cache.retention * self.lengths[self.expert])):
+            return True
+        self.ratio, self.skips = self.ratio * self.ratios[step], self.skips + 1
+        self.sum += abs(1 - self.ratio)
+        if self.sum < self.cache.threshold and self.skips <= self.cache.max_skips:
+            return False
+        self.ratio, self.skips, self.sum = 1.0, 0, 0.0
+        return True
 
 
 @pytest.mark.parametrize(("cache", "message"), [
