@@ -24,7 +24,7 @@ td:first-child,th:first-child{text-align:left}.row{display:flex;gap:1rem;flex-wr
 figure{margin:0}video{max-width:280px;background:#0003}figcaption{font-size:.85em}.bar{height:.7rem;background:#2a7}
 """
 
-_SYNC = """
+SYNC = """
 for (const row of document.querySelectorAll('.row')) {
   const all = [...row.querySelectorAll('video')];
   for (const v of all) {
@@ -62,7 +62,7 @@ def comparison_page(out: Path, clips: list[ClipResult], models: list[ModelResult
         figures = [figure(Path(own[0].reference), out, "reference", f"motion {own[0].reference_motion:.2f} px")]
         figures += [figure(Path(c.video), out, c.model, f"PSNR {c.psnr_db:.2f} dB, SSIM {c.ssim:.3f}") for c in own]
         parts.append(f"<h3>{html.escape(name)}</h3><div class=row>{''.join(figures)}</div>")
-    return write_page(out / "comparison.html", "Comparison", "".join(parts), _SYNC)
+    return write_page(out / "comparison.html", "Comparison", "".join(parts), SYNC)
 
 
 def rating_page(out: Path, clips: list[ClipResult]) -> Path:
