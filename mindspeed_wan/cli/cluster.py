@@ -28,9 +28,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: mistakes in the description, each with its line; a key that the target needs is missing.
     """
     spec = read_spec(args.spec)
-    ranks = spec.dims.world_size
-    print(f"{spec.name}: {spec.nodes} nodes x {spec.devices_per_node} {spec.device} = {ranks} ranks, tensor"
-          f" {spec.dims.tensor}, context {spec.dims.context}, data {spec.dims.data}")
+    dims, stages = spec.dims, f", pipeline {spec.dims.pipeline}" if spec.dims.pipeline > 1 else ""
+    print(f"{spec.name}: {spec.nodes} nodes x {spec.devices_per_node} {spec.device} = {spec.ranks} ranks, tensor"
+          f" {dims.tensor}, context {dims.context}{stages}, data {dims.data}")
+    if len(spec.expert_worlds) > 1:
+        print(f"both experts side by side, on {spec.expert_worlds[0]} and {spec.expert_worlds[1]} ranks")
     if args.verb == "check":
         return 0
     for target in TARGETS if args.target == "all" else (args.target,):

@@ -31,6 +31,11 @@ def _launch(spec: ClusterSpec) -> dict[str, str]:
         values["CP_ALGO"] = "megatron_cp_algo" if spec.dims.ulysses_size == 1 else "hybrid_cp_algo"
         if spec.dims.ulysses_size > 1:
             values["ULYSSES_DEGREE"] = str(spec.dims.ulysses_size)
+    for name, degree in (("PP", layout.pipeline), ("VP", layout.virtual)):
+        if degree > 1:
+            values[name] = str(degree)
+    if layout.expert_ranks is not None:
+        values["EXPERT_RANKS"] = layout.expert_ranks
     if not layout.fsdp2:
         values["FSDP_CONFIG"] = ""
     return values

@@ -36,6 +36,12 @@ class Layout(Section):
     """Context parallel degree."""
     ulysses: int | None = Field(default=None, ge=1)
     """Ulysses part of it; null: all. The rest is a ring."""
+    pipeline: int = Field(default=1, ge=1)
+    """Pipeline stages; needs fsdp2: false."""
+    virtual: int = Field(default=1, ge=1)
+    """Chunks of blocks on each stage."""
+    expert_ranks: str | None = Field(default=None, pattern=r"^(even|[1-9]\d*,[1-9]\d*)$")
+    """Both experts side by side (pretrain_both.sh): HIGH,LOW ranks or even; null: the script trains one expert."""
     fsdp2: bool = True
     """Shard parameters with the launch script's FSDP2 file."""
     micro_batch: int = Field(default=1, ge=1)
@@ -187,12 +193,39 @@ class ClusterSpec(Section):
     """ModelArts only."""
 
     @property
+    def ranks(self) -> int:
+        """Ranks of the whole job."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def expert_worlds(self) -> tuple[int, ...]:
+        """Ranks that train one expert together, for each expert of the job."""
+        split = self.layout.expert_ranks
+        if split is None:
+            return (self.ranks,)
+        return (self.ranks // 2, self.ranks // 2) if split == "even" else tuple(map(int, split.split(",")))
+
+    @property
     def dims(self) -> ParallelDims:
-        """The layout on all ranks of the job."""
+        """The layout on the ranks of the job, or of its high-noise expert."""
+        return self._dims(self.expert_worlds[0])
+
+    def _dims(self, world_size: int) -> ParallelDims:
         layout = self.layout
-        return ParallelDims(world_size=self.nodes * self.devices_per_node, tensor=layout.tensor,
-                            sequence_parallel=layout.sequence_parallel, context=layout.context, ulysses=layout.ulysses,
-                            shard=None if layout.fsdp2 else 1)
+        return ParallelDims(world_size=world_size, tensor=layout.tensor, sequence_parallel=layout.sequence_parallel,
+                            context=layout.context, ulysses=layout.ulysses, pipeline=layout.pipeline,
+                            virtual=layout.virtual, shard=None if layout.fsdp2 else 1)
+
+    def check_layout(self) -> None:
+        """Raise ``ConfigError`` if the ranks do not divide into this layout."""
+        if sum(self.expert_worlds) != self.ranks:
+            raise ConfigError(f"expert_ranks {self.layout.expert_ranks} are not the job's {self.ranks} ranks",
+                              fix=f"for example {self.ranks // 2},{self.ranks - self.ranks // 2}")
+        if self.layout.pipeline > 1 and self.layout.fsdp2:
+            raise ConfigError("pipeline stages and FSDP2 exclude each other", fix="write fsdp2: false")
+        model = WanConfig()  # every A14B and 14B expert has these heads and channels
+        for world in self.expert_worlds:
+            self._dims(world).validate(num_heads=model.num_heads, ffn_dim=model.ffn_dim)
 
     def host_path(self, path: str) -> str:
         """Return where the node has a path of the job, for what runs outside the container."""
@@ -236,8 +269,7 @@ def _rules(spec: ClusterSpec, document: Document) -> list[ConfigError]:
         if (mount.source is None) == (mount.claim is None):
             found.append(ConfigError("give either source or claim", where=document.where(("mounts", i))))
     try:
-        model = WanConfig()  # every A14B and 14B expert has these heads and channels
-        spec.dims.validate(num_heads=model.num_heads, ffn_dim=model.ffn_dim)
+        spec.check_layout()
     except ConfigError as error:
         found.append(ConfigError(error.message, where=document.where(("layout",)), fix=error.fix))
     return found

@@ -201,6 +201,28 @@ def test_rings_and_plain_data_parallel_reach_the_script(spec: ClusterSpec) -> No
     assert node_environment(spec.model_copy(update={"layout": ring}))["CP_ALGO"] == "megatron_cp_algo"
 
 
+def test_pipeline_stages_and_both_experts_reach_the_script(spec: ClusterSpec) -> None:
+    staged = spec.layout.model_copy(update={"pipeline": 2, "virtual": 5, "fsdp2": False})
+    variables = node_environment(spec.model_copy(update={"layout": staged}))
+    assert (variables["PP"], variables["VP"], variables["FSDP_CONFIG"]) == ("2", "5", "")
+    both = spec.model_copy(update={"layout": spec.layout.model_copy(update={"expert_ranks": "24,8"})})
+    both.check_layout()
+    assert node_environment(both)["EXPERT_RANKS"] == "24,8" and both.dims.world_size == 24
+    assert not {"PP", "VP", "EXPERT_RANKS"} & set(node_environment(spec))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"pipeline": 2}, "exclude each other"),
+    ({"expert_ranks": "24,16"}, "32 ranks"),
+    ({"expert_ranks": "30,2"}, "do not factor"),
+    ({"virtual": 2, "fsdp2": False}, "without pipeline stages"),
+])
+def test_layouts_of_stages_and_experts_are_checked(changes: dict[str, Any], message: str, spec: ClusterSpec) -> None:
+    wrong = spec.model_copy(update={"layout": spec.layout.model_copy(update=changes)})
+    with pytest.raises(ConfigError, match=message):
+        wrong.check_layout()
+
+
 def test_the_descriptions_environment_wins(spec: ClusterSpec) -> None:
     assert node_environment(spec.model_copy(update={"env": {"CP": "8"}}))["CP"] == "8"
 
