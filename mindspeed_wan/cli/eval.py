@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mindspeed_wan.cli import eval_loss
 from mindspeed_wan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mindspeed_wan.evaluation.compare import Measures, ModelResult
 
 HELP = "PSNR, SSIM, MS-SSIM, flicker, motion; several models side by side; the seed's score"
 
@@ -25,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="CSV exported by the rating sheet; repeat for several persons")
     parser.add_argument("--seed-compat", action="store_true",
                         help="PSNR with the seed's uint8 arithmetic (wraps around; too high)")
+    parser.add_argument("--clip", type=Path, metavar="DIR",
+                        help="local CLIP folder (transformers, safetensors): text similarity and frame consistency")
+    parser.add_argument("--features", type=Path, metavar="DIR",
+                        help="local VideoMAE or CLIP folder: Frechet distance to the references")
+    parser.add_argument("--prompts", type=Path, metavar="FILE",
+                        help="prompt of each clip for --clip, JSON or CSV; default: the .json or .txt beside a video")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the report")
 
 
@@ -32,25 +42,67 @@ def run(args: argparse.Namespace) -> int:
     """Write clips.csv, summary.json, comparison.html and rating.html, or measure a checkpoint's loss."""
     if args.action == "loss":
         return eval_loss.run(args)
-    if args.reference is None or not args.model:
-        raise ConfigError("nothing to measure",
-                          fix="give --reference DIR and --model NAME=DIR, or use the action: mindspeed-wan eval loss")
     from mindspeed_wan.evaluation.compare import compare, write_tables
     from mindspeed_wan.evaluation.html import comparison_page, rating_page
     from mindspeed_wan.evaluation.score import read_ratings
 
+    _check(args)
     models = _models(args.model)
     ratings = [rating for path in args.ratings for rating in read_ratings(path)]
-    clips, results = compare(args.reference, models, ratings=ratings, seed_compat=args.seed_compat,
+    clips, results = compare(args.reference, models, ratings=ratings, measures=_measures(args),
                              on_clip=lambda model, clip: print(f"  {model}: {clip}", flush=True))
     write_tables(args.out, clips, results)
     for result in results:
-        tail = "" if result.score is None else f", score {result.score:.4f}"
-        print(f"{result.model}: {result.num_clips} clips, PSNR {result.psnr_db:.2f} dB, SSIM {result.ssim:.4f}, "
-              f"flicker {result.flicker:.4f}, motion {result.motion:.2f} px/frame{tail}")
+        print(f"{result.model}: {result.num_clips} clips, {_describe(result)}")
     print(f"report: {comparison_page(args.out, clips, results)}")
     print(f"rating sheet: {rating_page(args.out, clips)}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        ConfigError: an option that has nothing to work on.
+    """
+    if not args.model:
+        raise ConfigError("nothing to measure",
+                          fix="give --model NAME=DIR (and --reference DIR), or use the action: mindspeed-wan eval loss")
+    if args.prompts is not None and args.clip is None:
+        raise ConfigError("--prompts without --clip: nothing reads them", fix="add --clip DIR, or leave it out")
+    if args.reference is None:
+        for name, value in (("--features", args.features), ("--ratings", args.ratings),
+                            ("--seed-compat", args.seed_compat)):
+            if value:
+                raise ConfigError(f"{name} needs --reference DIR, which it compares with")
+
+
+def _measures(args: argparse.Namespace) -> Measures:
+    """Load what the options name."""
+    from mindspeed_wan.evaluation.compare import Measures
+
+    if args.clip is None and args.features is None:
+        return Measures(seed_compat=args.seed_compat)
+    from mindspeed_wan.evaluation.learned import read_prompts
+    from mindspeed_wan.models.score_models import ClipScorer, VideoFeatures
+    from mindspeed_wan.platforms import get_platform
+
+    device = get_platform().device()
+    return Measures(
+        seed_compat=args.seed_compat,
+        clip=None if args.clip is None else ClipScorer(args.clip, device),
+        features=None if args.features is None else VideoFeatures(args.features, device),
+        prompts={} if args.prompts is None else read_prompts(args.prompts),
+    )
+
+
+def _describe(result: ModelResult) -> str:
+    """Return the figures that a model has, as one line."""
+    shown = (("PSNR {:.2f} dB", result.psnr_db), ("SSIM {:.4f}", result.ssim), ("flicker {:.4f}", result.flicker),
+             ("motion {:.2f} px/frame", result.motion), ("text similarity {:.4f}", result.text_similarity),
+             ("frame consistency {:.4f}", result.frame_consistency),
+             ("Frechet distance {:.3f}", result.frechet_distance), ("score {:.4f}", result.score))
+    return ", ".join(text.format(value) for text, value in shown if value is not None)
 
 
 def _models(values: list[str]) -> dict[str, Path]:

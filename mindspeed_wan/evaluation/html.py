@@ -12,10 +12,17 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from mindspeed_wan.evaluation.charts import grouped
 from mindspeed_wan.evaluation.compare import ClipResult, ModelResult
 from mindspeed_wan.evaluation.score import CRITERIA
 
 EMBED_LIMIT_BYTES = 2_000_000
+
+PLOTS = {
+    "psnr_db": "PSNR, dB", "ssim": "SSIM", "flicker": "flicker (1 is still)", "motion": "motion, pixels per frame",
+    "text_similarity": "text similarity (CLIP)", "frame_consistency": "frame consistency (CLIP)",
+}
+"""Metrics of clips that are drawn, with their titles."""
 
 _STYLE = """
 :root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}body{margin:2rem auto;max-width:1200px;padding:0 1rem}
@@ -56,12 +63,15 @@ document.querySelector('#export').onclick = () => {
 
 def comparison_page(out: Path, clips: list[ClipResult], models: list[ModelResult]) -> Path:
     """Write ``comparison.html``: a table of means, then each clip with reference and models side by side."""
-    parts = [_summary_table(models), "<h2>Clips</h2>"]
+    parts = [_summary_table(models), *_plots(clips, models), "<h2>Clips</h2>"]
     for name in dict.fromkeys(c.clip for c in clips):
         own = [c for c in clips if c.clip == name]
-        figures = [figure(Path(own[0].reference), out, "reference", f"motion {own[0].reference_motion:.2f} px")]
-        figures += [figure(Path(c.video), out, c.model, f"PSNR {c.psnr_db:.2f} dB, SSIM {c.ssim:.3f}") for c in own]
-        parts.append(f"<h3>{html.escape(name)}</h3><div class=row>{''.join(figures)}</div>")
+        figures = []
+        if own[0].reference is not None:
+            figures.append(figure(Path(own[0].reference), out, "reference", f"motion {own[0].reference_motion:.2f} px"))
+        figures += [figure(Path(c.video), out, c.model, _caption(c)) for c in own]
+        prompt = f"<p>{html.escape(own[0].prompt)}</p>" if own[0].prompt else ""
+        parts.append(f"<h3>{html.escape(name)}</h3>{prompt}<div class=row>{''.join(figures)}</div>")
     return write_page(out / "comparison.html", "Comparison", "".join(parts), SYNC)
 
 
@@ -81,8 +91,28 @@ def rating_page(out: Path, clips: list[ClipResult]) -> Path:
     return write_page(out / "rating.html", "Rating sheet", body, f"const criteria={json.dumps(CRITERIA)};{_EXPORT}")
 
 
+def _caption(clip: ClipResult) -> str:
+    """Return the figures under a player: against the reference where there is one, else on the video's own."""
+    parts = [] if clip.psnr_db is None else [f"PSNR {clip.psnr_db:.2f} dB", f"SSIM {clip.ssim:.3f}"]
+    if clip.text_similarity is not None:
+        parts.append(f"text {clip.text_similarity:.3f}")
+    return ", ".join(parts or [f"flicker {clip.flicker:.3f}", f"motion {clip.motion:.2f} px"])
+
+
+def _plots(clips: list[ClipResult], models: list[ModelResult]) -> list[str]:
+    """Return one chart a metric: every clip by model, and the score of the models."""
+    charts = []
+    for key, title in PLOTS.items():
+        values = {model.model: {clip.clip: value for clip in clips if clip.model == model.model and
+                                (value := getattr(clip, key)) is not None} for model in models}
+        if any(values.values()):
+            charts.append(grouped(title, values))
+    scores = {model.model: {"score": model.score} for model in models if model.score is not None}
+    return [*charts, *([grouped("score", scores)] if scores else [])]
+
+
 def _summary_table(models: list[ModelResult]) -> str:
-    names = [k for k in asdict(models[0]) if k != "model"]
+    names = [k for k in asdict(models[0]) if k != "model" and any(asdict(m)[k] is not None for m in models)]
     head = "".join(f"<th>{n.replace('_', ' ')}</th>" for n in ("model", *names))
     body = ""
     for model in models:
