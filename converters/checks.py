@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mindspeed_wan.errors import CheckpointError, ConfigError, did_you_mean
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import Layout, by_name, parameter_table
+from mindspeed_wan_converters import fp8
 from mindspeed_wan_converters.plan import Weights
 from mindspeed_wan_converters.tensors import FLOAT_CODES, SourceFiles, StoredTensor, check_tiling
 
@@ -90,6 +92,8 @@ def rename_to_mm(found: Mapping[str, StoredTensor], config: WanConfig, layout: L
     tensors = {param.mm: found[param.name(layout)] for param in parameter_table(config)}
     for tensor in tensors.values():
         check_tiling(tensor)
+    if any(tensor.is_fp8 for tensor in tensors.values()):  # published beside fp32, fp16 and bf16, in any mixture
+        tensors = {name: replace(tensor, output="BF16") for name, tensor in tensors.items()}
     _check_precision(tensors, where)
     return tensors
 
@@ -132,16 +136,17 @@ def _task_hint(found: Mapping[str, StoredTensor], config: WanConfig) -> str:
 
 
 def _check_precision(tensors: Mapping[str, StoredTensor], where: Path) -> None:
-    """Require one float precision, but for the parts that Diffusers keeps in fp32."""
+    """Require one float precision, but for the parts that Diffusers keeps in fp32; what is mostly fp8 may be mixed."""
     for name, tensor in tensors.items():
-        if tensor.code not in FLOAT_CODES:
-            quantised = "; quantised weights cannot be trained or converted" if tensor.code.startswith("F8") else ""
-            raise CheckpointError(f"tensor {name!r} is stored as {tensor.code}{quantised}", where=str(where),
-                                  fix="use fp32, bf16 or fp16 weights")
+        if tensor.code not in FLOAT_CODES and not tensor.is_fp8:
+            raise CheckpointError(f"tensor {name!r} is stored as {tensor.code}", where=str(where),
+                                  fix="use fp32, bf16, fp16 or fp8 weights")
     totals: dict[str, int] = {}
     for tensor in tensors.values():
-        totals[tensor.code] = totals.get(tensor.code, 0) + tensor.nbytes
+        totals[tensor.code] = totals.get(tensor.code, 0) + tensor.nbytes // tensor.itemsize
     base = max(totals, key=totals.__getitem__)
+    if base in fp8.VALUES:
+        return
     odd = {name for name, tensor in tensors.items() if tensor.code != base}
     for island in _FP32_ISLANDS.values():
         members = {name for name in tensors if island.match(name)}

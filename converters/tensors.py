@@ -12,7 +12,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ import numpy as np
 
 from mindspeed_wan.checkpoint.torch_file import DTYPES
 from mindspeed_wan.errors import CheckpointError, NumericsError
+from mindspeed_wan_converters import fp8
 
 _NUMPY: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"), "F8_E5M2": np.dtype("u1")}
 FLOAT_CODES = ("F32", "BF16", "F16")
 """Precisions a DiT may be stored in."""
 
@@ -58,12 +60,28 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: its name in the source file (for messages), dtype code, shape, and the chunks that tile it."""
+    """A tensor on disk: its name in the source file (for messages), dtype code, shape, and the chunks that tile it.
+
+    ``scale`` is what the values of an fp8 tensor are multiplied by (one number, or one per row); ``output`` the dtype
+    code that a conversion writes unless it is told another one, when it is not ``code``.
+    """
 
     name: str
     code: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+    scale: StoredTensor | None = None
+    output: str | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        """Published in 8 bits: read as fp32 values."""
+        return self.code in fp8.VALUES
+
+    @property
+    def output_code(self) -> str:
+        """What it becomes when nothing is said."""
+        return self.output or self.code
 
     @property
     def itemsize(self) -> int:
@@ -218,12 +236,29 @@ def iter_blocks(tensor: StoredTensor, box: Box, code: str, files: SourceFiles, b
     columns = tuple(slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True))
     for start in range(first, last, step):
         stop = min(last, start + step)
-        rows = _read_rows(tensor, start, stop, columns, files, crcs)
-        yield np.ascontiguousarray(cast(rows[(slice(None), *columns)], tensor.code, code, tensor.name))
+        rows, stored = _read_rows(tensor, start, stop, columns, files, crcs), tensor.code
+        if tensor.is_fp8 and code != stored:
+            rows, stored = fp8.decode(rows, stored, _scales(tensor, start, stop, files)), "F32"
+        yield np.ascontiguousarray(cast(rows[(slice(None), *columns)], stored, code, tensor.name))
     for chunk, crc in crcs.items():
         begin, end = chunk.box.offsets[0], chunk.box.offsets[0] + chunk.box.sizes[0]
         if chunk.crc32 is not None and first <= begin and end <= last and crc != chunk.crc32:
             raise damaged(tensor.name, chunk.path)
+
+
+def _scales(tensor: StoredTensor, start: int, stop: int, files: SourceFiles) -> Callable[[], Any] | None:
+    """Return what reads the fp32 scales of an fp8 tensor's rows ``[start, stop)``."""
+    scale = tensor.scale
+    if scale is None:
+        return None
+
+    def read() -> Any:
+        values = np.empty(math.prod(scale.shape), dtype=_NUMPY[scale.code])
+        files.read_into(scale.chunks[0].path, scale.chunks[0].offset, values.data.cast("B"))
+        wide = cast(values, scale.code, "F32", scale.name)
+        return wide if wide.size == 1 else wide[start:stop]
+
+    return read
 
 
 def damaged(name: str, path: Path) -> CheckpointError:

@@ -144,10 +144,11 @@ def _compare_one(a: Weights, b: Weights, files: SourceFiles, progress: Progress)
 def _difference(a: StoredTensor, b: StoredTensor, files: SourceFiles) -> str | None:
     if a.shape != b.shape:
         return f"shape {list(a.shape)} against {list(b.shape)}"
-    if a.code != b.code:
-        return f"{a.code} against {b.code}"
+    code = a.output_code
+    if code != b.output_code:
+        return f"{code} against {b.output_code}"
     box = Box.whole(a.shape)
-    for one, other in zip(iter_blocks(a, box, a.code, files, _BLOCK), iter_blocks(b, box, a.code, files, _BLOCK),
+    for one, other in zip(iter_blocks(a, box, code, files, _BLOCK), iter_blocks(b, box, code, files, _BLOCK),
                           strict=True):
         if not np.array_equal(one.view("u1"), other.view("u1")):  # bits, so that NaN equals itself and -0.0 is not 0.0
             return "values"

@@ -112,7 +112,7 @@ def _locate_chunk(key: str, code: str, box: Box, path: Path, info: Any, stream: 
 
 def lay_out(weights: Weights, code: str | None, max_file: int) -> Layout:
     """Return the files of a DCP checkpoint root: ``release/`` with files of at most ``max_file`` bytes, the tracker."""
-    slices = [Slice(f"model.{p.mm}", t := weights.tensors[p.mm], Box.whole(t.shape), code or t.code)
+    slices = [Slice(f"model.{p.mm}", t := weights.tensors[p.mm], Box.whole(t.shape), code or t.output_code)
               for p in parameter_table(weights.card.config)]
     groups: list[list[Part]] = [[]]
     counts, sizes = [0], [0]

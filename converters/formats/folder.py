@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mindspeed_wan.checkpoint.fp8_files import common_prefix, split_scales
 from mindspeed_wan.checkpoint.manifest import MANIFEST_NAME, confined, hash_file, read_manifest
 from mindspeed_wan.checkpoint.safe_load import SafeTensorsFile, read_safetensors_header, read_safetensors_index
 from mindspeed_wan.errors import CheckpointError, ConfigError
@@ -47,12 +49,20 @@ def read(path: Path, names: Names, expert: str | None = None, hint: WanConfig | 
                                       fix="keep one set of shards in the folder")
             tensor = StoredTensor(name, entry.code, entry.shape, ())
             found[name] = tensor.single(table.path, entry.start, checksums.get(name))
+    found = _with_scales(found, path)
     _check_layout(found, names, path)
     card = Card.read(folder) if path.is_dir() else None
     config = _config(folder if path.is_dir() else None, names, found, path, hint or (card.config if card else None))
     tensors = rename_to_mm(found, config, names, path)
     card = Card(config, card.expert or expert, card.boundary, card.shift) if card else Card(config, expert)
     return Weights(path, names, card, tensors, f"{len(tables)} file{'s' if len(tables) > 1 else ''}")
+
+
+def _with_scales(found: dict[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a published fp8 file without prefix and markers, each with its scale."""
+    prefix = common_prefix(found)
+    kept, scales = split_scales({name.removeprefix(prefix): tensor for name, tensor in found.items()}, path)
+    return {name: replace(tensor, scale=scales.get(name)) for name, tensor in kept.items()}
 
 
 def _tables(path: Path) -> list[SafeTensorsFile]:
@@ -139,7 +149,7 @@ def _config(folder: Path | None, names: Names, found: Mapping[str, StoredTensor]
 def lay_out(weights: Weights, names: Names, code: str | None, max_shard: int) -> Layout:
     """Return the files of one expert folder: shards of at most ``max_shard`` bytes, the index, config.json."""
     config = weights.card.config
-    slices = [Slice(p.name(names), t := weights.tensors[p.mm], Box.whole(t.shape), code or t.code)
+    slices = [Slice(p.name(names), t := weights.tensors[p.mm], Box.whole(t.shape), code or t.output_code)
               for p in parameter_table(config)]
     shards = _split(slices, max_shard)
     files, weight_map = [], {}

@@ -277,7 +277,7 @@ def _model_slices(weights: Weights, params: Sequence[Param], rank: int, tp: int,
         if param.block is not None:
             name = name.replace(f"blocks.{param.block}.", f"blocks.{param.block - first}.", 1)
         tensor = weights.tensors[param.mm]
-        result.append(Slice(name, tensor, _rank_box(param, tensor.shape, rank, tp), code or tensor.code))
+        result.append(Slice(name, tensor, _rank_box(param, tensor.shape, rank, tp), code or tensor.output_code))
     return result
 
 

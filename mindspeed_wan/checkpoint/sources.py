@@ -8,6 +8,7 @@ root (tracker, ``release`` or ``iter_*``) or one folder of it, holding DCP or ``
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -248,11 +249,15 @@ def check_names_and_shapes(files: TensorFiles, wanted: Mapping[str, tuple[int, .
     if problems:
         raise CheckpointError("does not hold this model: " + "; ".join(problems), where=str(files.where),
                               fix="check that --mm-model describes these weights (layers, sizes, task)")
-    bad = [name for name in wanted if not files.tensors[name].is_fp8
+    values = {name: math.prod(shape) for name, shape in wanted.items()}
+    fp8 = {name for name in wanted if files.tensors[name].is_fp8}
+    # fp8 is a way to publish a whole expert; a few such tensors among others are damage.
+    published = 2 * sum(values[name] for name in fp8) > sum(values.values())
+    bad = [name for name in wanted if not (published and name in fp8)
            and DTYPES[files.tensors[name].code][0] not in ("float32", "bfloat16", "float16")]
     if bad:
-        raise CheckpointError(f"tensor {bad[0]!r} is {files.tensors[bad[0]].code}; weights are fp32, bf16, fp16 or fp8 "
-                              "(with or without scales)", where=str(files.where),
+        raise CheckpointError(f"tensor {bad[0]!r} is {files.tensors[bad[0]].code}; weights are fp32, bf16 or fp16, or "
+                              "fp8 as a whole", where=str(files.where),
                               fix="use the bf16 or fp8 release of these weights")
 
 

@@ -118,6 +118,13 @@ def test_other_8_bit_weights_are_refused(tmp_path):
         check_names_and_shapes(files, SHAPES, CONFIG)
 
 
+def test_one_fp8_tensor_among_others_is_damage(tmp_path):
+    tensors = {name: value.float() for name, value in published("kijai").items()}
+    tensors[Q] = tensors[Q].to(torch.float8_e4m3fn)
+    with open_weights(write(tmp_path, tensors), CONFIG) as files, pytest.raises(CheckpointError, match="is F8_E4M3"):
+        check_names_and_shapes(files, SHAPES, CONFIG)
+
+
 def loaded(found, mode: str | None, dtype: torch.dtype = torch.float32) -> WanDiT:
     spec = QuantizationSpec(mode) if mode else None
     model = build_wan(CONFIG, platform=get_platform("cpu"), param_dtype=dtype,
