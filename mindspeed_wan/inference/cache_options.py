@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,7 @@ class CacheOptions:
         Raises:
             ConfigError: a table of another shift, boundary or number of experts.
         """
+        from mindspeed_wan.inference.cache_tables import POLYNOMIALS
         from mindspeed_wan.inference.calibration import Recorder
         from mindspeed_wan.inference.step_cache import StepCache, expert_spans, taylorseer_plan
 
@@ -94,7 +96,8 @@ class CacheOptions:
             return StepCache(taylorseer_plan(spans, interval=self.interval, order=self.order,
                                              num_forced_start=max(3, self.order + 1)))
         if self.method == "teacache":
-            return self._teacache(task, schedule, spans)
+            measured = self._measured_polynomials(schedule.num_steps, shift, boundary, len(spans))
+            return self._teacache(self.coefficients or measured or (POLYNOMIALS[task],), schedule, spans)
         return StepCache(self._magcache(task, schedule, spans, shift, boundary, grid, solver))
 
     def _magcache(self, task: str, schedule: SigmaSchedule, spans: list[range], shift: float, boundary: float | None,
@@ -116,11 +119,9 @@ class CacheOptions:
         return magcache_plan(ratios_for(table, schedule, reference, boundary), spans, max_skips=self.max_skips,
                              threshold=self._threshold(), retention=retention, forced_spans=forced)
 
-    def _teacache(self, task: str, schedule: SigmaSchedule, spans: list[range]) -> StepCache:
-        from mindspeed_wan.inference.cache_tables import POLYNOMIALS
+    def _teacache(self, sets: Sequence[tuple[float, ...]], schedule: SigmaSchedule, spans: list[range]) -> StepCache:
         from mindspeed_wan.inference.step_cache import CachePlan, StepCache, modulation_changes, teacache_plan
 
-        sets = self.coefficients or self._measured_polynomials(len(spans)) or (POLYNOMIALS[task],)
         compute = [True] * schedule.num_steps
 
         def replan(first: int, model: WanDiT) -> CachePlan:
@@ -135,17 +136,27 @@ class CacheOptions:
 
         return StepCache(CachePlan("teacache", tuple(compute)), replan)
 
-    def _measured_polynomials(self, experts: int) -> tuple[tuple[float, ...], ...]:
+    def _measured_polynomials(self, steps: int, shift: float, boundary: float | None, experts: int
+                              ) -> tuple[tuple[float, ...], ...]:
+        """Return the table's polynomials, empty without a table.
+
+        They were fitted to the changes between the steps of one schedule. Fewer steps change more, and a polynomial
+        says nothing outside the points it was fitted to.
+        """
         from mindspeed_wan.errors import ConfigError
         from mindspeed_wan.inference.calibration import read_table
 
         if self.table is None:
             return ()
-        measured = read_table(self.table).polynomials
-        if len(measured) != experts:
-            raise ConfigError(f"holds TeaCache polynomials of {len(measured)} experts, this run uses {experts}",
-                              where=str(self.table), fix="calibrate with more steps, at least 3 for each expert")
-        return measured
+        table, fix = read_table(self.table), "measure with --calibrate_cache in this setting, 3 steps or more an expert"
+        if (table.num_steps, table.shift, table.boundary) != (steps, shift, boundary):
+            raise ConfigError(
+                f"TeaCache's polynomials were measured at {table.num_steps} steps, shift {table.shift:g}, boundary "
+                f"{table.boundary}; this run has {steps}, {shift:g} and {boundary}", where=str(self.table), fix=fix)
+        if len(table.polynomials) != experts:
+            raise ConfigError(f"has TeaCache polynomials of {len(table.polynomials)} experts, this run uses {experts}",
+                              where=str(self.table), fix=fix)
+        return table.polynomials
 
     def _threshold(self) -> float:
         return self.threshold if self.threshold is not None else _DEFAULT_THRESHOLD[self.method]

@@ -50,6 +50,8 @@ def test_calibrated_table_is_used(generator: WanGenerator, tmp_path: Path) -> No
     assert 0 < _error(cached, exact) < 1
     teacache = CacheOptions(method="teacache", table=table, threshold=9.0)
     assert 0 < _error(generator(**ASK, cache=teacache).latents, exact) < 1
+    with pytest.raises(ConfigError, match="measured at 12 steps, shift 12, boundary 0.875; this run has 11"):
+        generator(**{**ASK, "steps": 11}, cache=teacache)
     with pytest.raises(ConfigError, match="measured at shift 12, this run uses 5"):
         generator(**ASK, shift=5.0, cache=CacheOptions(method="magcache", table=table))
 
