@@ -22,6 +22,7 @@ from mindspeed_wan.diffusion.solvers import Solver, SolverState
 from mindspeed_wan.inference.calibration import Recorder
 from mindspeed_wan.inference.experts import Experts
 from mindspeed_wan.inference.guidance_options import GuidanceOptions, GuidancePlan
+from mindspeed_wan.inference.pipeline_stages import Pass, Runner, WholeModel
 from mindspeed_wan.inference.runtime import Runtime
 from mindspeed_wan.inference.step_cache import StepCache
 from mindspeed_wan.models.wan.model import TextContext
@@ -76,14 +77,15 @@ class Denoiser:
         boundary: sigma at which the experts change; ``None`` with one expert.
         cache: skips blocks at some steps, or measures how much they change.
         guidance_plan: which steps run the unconditional branch; ``None``: every step of an expert with a scale.
+        runner: runs the passes of a step; ``None``: this rank has the whole model.
     """
 
     def __init__(
         self, experts: Experts, runtime: Runtime, schedule: SigmaSchedule, solver: Solver,
         *, scales: dict[str, float], boundary: float | None, cache: StepCache | Recorder | None = None,
-        guidance_plan: GuidancePlan | None = None,
+        guidance_plan: GuidancePlan | None = None, runner: Runner | None = None,
     ) -> None:
-        self._experts, self._runtime = experts, runtime
+        self._experts, self._runtime, self._runner = experts, runtime, runner or WholeModel()
         self._schedule, self._solver = schedule, solver
         self._scales, self._boundary, self._cache = scales, boundary, cache
         self._plan = guidance_plan or GuidanceOptions().plan(schedule, boundary, scales)
@@ -133,22 +135,28 @@ class Denoiser:
             cache.begin(step, held.expert, model)
         inputs = x if conditions.channels is None else torch.cat([x, conditions.channels.to(x.dtype)], dim=1)
 
-        def branch(negative: bool) -> Tensor:
+        self._runner.begin(held.expert, step)
+
+        def branch(negative: bool) -> Pass:
             if negative not in held.texts:
                 states = conditions.negative if negative else conditions.prompt
-                held.texts[negative] = model.encode_text(states.unsqueeze(0), conditions.image_embeds)
-            around = cache.around("uncond" if negative else "cond") if cache is not None else None
-            velocity = model(inputs, t, text_context=held.texts[negative], around_blocks=around)
+                held.texts[negative] = self._runner.encode_text(model, states.unsqueeze(0), conditions.image_embeds)
+            name = "uncond" if negative else "cond"
+            return Pass(name, held.texts[negative], cache.around(name) if cache is not None else None, counted)
+
+        def counted() -> None:
             times.evaluations += cache is None or cache.computed
-            return velocity
 
         cond: Tensor
-        uncond: Tensor | None
+        uncond: Tensor | None = None
         if self._runtime.cfg_group is not None:
             # Both ranks run at every step, whatever the plan: the blocks' weights may be sharded over the two.
-            cond, uncond = self._exchange(branch(self._runtime.branch == 1))
+            (mine,) = self._runner.run(model, inputs, t, [branch(self._runtime.branch == 1)])
+            cond, uncond = self._exchange(mine)
         else:
-            cond, uncond = branch(False), branch(True) if mode == "guided" else None
+            passes = [branch(False), branch(True)] if mode == "guided" else [branch(False)]
+            cond, *others = self._runner.run(model, inputs, t, passes)
+            uncond = others[0] if others else None
         if mode == "plain":
             return guidance.combine(cond, None, 1.0)
         if mode == "guided":

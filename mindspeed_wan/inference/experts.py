@@ -37,6 +37,7 @@ from mindspeed_wan.models.quantization import (
 )
 from mindspeed_wan.models.quantization_spec import SCALE_SUFFIX, QuantizationSpec
 from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.models.wan.provider import build_wan
 
 
@@ -239,7 +240,8 @@ class SwappedExperts:
         views = self._views
         host: dict[str, torch.Tensor] = {}
         with open_weights(self._folder.experts[name], self._folder.config) as files:
-            check_names_and_shapes(files, {key: tuple(view.shape) for key, view in views.items()}, self._folder.config)
+            config = self._folder.config
+            check_names_and_shapes(files, {param.mm: param.shape for param in parameter_table(config)}, config)
             for key, view in views.items():
                 if isinstance(view, QuantizedView):
                     codes, scales = read_quantized(files, key, view) or _nothing(view)

@@ -18,6 +18,7 @@ from mindspeed_wan.inference.guidance_options import GuidanceOptions, parse_sigm
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import MEMORY_NAMES, PRESETS, LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
+from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.inference.quantize_options import QFLOAT8_MEMORY, QuantizeOptions
 
 
@@ -115,6 +116,9 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("ulysses_size", "ulysses", int, "ranks that exchange heads"),
         Flag("ring_size", "ring", int, "ranks that pass keys and values on"),
         Flag("tensor_size", "tensor", int, "tensor-parallel ranks"),
+        Flag("pipefusion", "pipefusion_on", parse_bool, "patches follow each other through the stages (approximate)"),
+        Flag("pipefusion_patches", "pipefusion_patches", int, "pieces of the video's tokens (default: 2 per stage)"),
+        Flag("pipefusion_warmup", "pipefusion_warmup", int, "whole steps at the start of each expert (default: 2)"),
         Flag("dit_fsdp", "dit_fsdp", parse_bool, "shard the DiT's weights over the ranks of a video"),
         Flag("t5_fsdp", "t5_fsdp", parse_bool, "shard the text encoder likewise"),
         Flag("vae_parallel", "vae_parallel", parse_bool, "exact VAE over the ranks of a video"),
@@ -153,7 +157,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("context_parallel_size", "context", int, "ranks that share the tokens of a video"),
         Flag("context_parallel_algo", "context_algo", str, "ulysses_cp_algo, megatron_cp_algo (ring), hybrid_cp_algo"),
         Flag("ulysses_degree_in_cp", "ulysses_in_cp", int, "Ulysses part of a hybrid context group"),
-        Flag("pipeline_model_parallel_size", "pipeline", int, "1"),
+        Flag("pipeline_model_parallel_size", "pipeline", int, "stages that each hold a part of the DiT's blocks"),
         Flag("bf16", "bf16", parse_bool, "--dtype bf16"),
         Flag("fp16", "fp16", parse_bool, "--dtype fp16"),
         Flag("seed", "base_seed", int, "the same as --base_seed"),
@@ -215,6 +219,8 @@ def parse(argv: Sequence[str], *, world_size: int | None = None) -> GenerateOpti
     _memory(raw, problems)
     if cache := _prefixed(raw, "cache_"):
         values["cache"] = CacheOptions(**cache)
+    if pipefusion := _prefixed(raw, "pipefusion_"):
+        values["pipefusion"] = PipeFusionOptions(**pipefusion)
     if lora := _prefixed(raw, "lora_"):
         values["lora"] = LoraOptions(**lora)
     if limits := _prefixed(raw, "limits_"):
@@ -298,8 +304,6 @@ def _kind_name(kind: Callable[[str], Any]) -> str:
 
 def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) -> InferenceLayout:
     world = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    if raw.pop("pipeline", 1) != 1:
-        problems.append("--pipeline_model_parallel_size above 1 is not supported; use TP, Ulysses or --dit_fsdp")
     context, algorithm = raw.pop("context", None), raw.pop("context_algo", "ulysses_cp_algo")
     ulysses_in_context = raw.pop("ulysses_in_cp", None)
     if context is not None:
@@ -312,7 +316,7 @@ def _layout(raw: dict[str, Any], world_size: int | None, problems: list[str]) ->
                             f"does not split --context_parallel_size {context}")
             ulysses = context
         raw.update(ulysses=ulysses, ring=context // ulysses)
-    names = ("tensor", "ulysses", "ring", "cfg", "dit_fsdp", "t5_fsdp", "vae_parallel")
+    names = ("tensor", "ulysses", "ring", "cfg", "pipeline", "dit_fsdp", "t5_fsdp", "vae_parallel")
     return InferenceLayout(world_size=world, **{name: raw.pop(name) for name in names if name in raw})
 
 

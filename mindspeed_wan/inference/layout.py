@@ -1,8 +1,9 @@
-"""How many ranks one video gets and what each does: world = replicas x CFG x ring x Ulysses x TP. No torch here.
+"""How many ranks one video gets and what each does: world = stages x replicas x CFG x ring x Ulysses x TP. No torch.
 
 A *replica* makes one video at a time. Inside it the CFG axis splits the two guidance branches, Ulysses and ring the
 tokens, TP the weight matrices; FSDP2 and the parallel VAE use all of a replica's ranks. Ranks are numbered with TP
 fastest, then context, then CFG, then replicas, which is Megatron's order with (replica, CFG) as its data axis.
+Pipeline stages come last of all and share one video: there is one replica then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class InferenceLayout:
         ulysses: ranks that exchange heads for tokens around attention.
         ring: ranks that pass keys and values on.
         cfg: 2 when the conditional and the unconditional branch run at the same time, else 1.
+        pipeline: stages that each hold a part of the blocks.
         dit_fsdp: shard the DiT's weights over the replica.
         t5_fsdp: shard the text encoder's weights over the replica.
         vae_parallel: decode and encode with the halo VAE over the replica.
@@ -31,6 +33,7 @@ class InferenceLayout:
     ulysses: int = 1
     ring: int = 1
     cfg: int = 1
+    pipeline: int = 1
     dit_fsdp: bool = False
     t5_fsdp: bool = False
     vae_parallel: bool = False
@@ -43,7 +46,7 @@ class InferenceLayout:
     @property
     def replica_size(self) -> int:
         """Ranks that make one video."""
-        return self.cfg * self.context * self.tensor
+        return self.cfg * self.context * self.tensor * self.pipeline
 
     @property
     def replicas(self) -> int:
@@ -57,17 +60,18 @@ class InferenceLayout:
     def cfg_ranks(self, rank: int) -> list[int]:
         """Return the world ranks that hold the guidance branches beside ``rank``, conditional first."""
         stride = self.context * self.tensor
-        replica, inside = divmod(rank, self.replica_size)
-        return [replica * self.replica_size + branch * stride + inside % stride for branch in range(self.cfg)]
+        group, inside = divmod(rank, self.cfg * stride)  # a replica, or a stage of the only one
+        return [group * self.cfg * stride + branch * stride + inside % stride for branch in range(self.cfg)]
 
     def place(self, rank: int) -> tuple[int, int]:
         """Return (replica, CFG branch) of ``rank``."""
         replica, inside = divmod(rank, self.replica_size)
-        return replica, inside // (self.context * self.tensor)
+        return replica, inside // (self.context * self.tensor) % self.cfg
 
     def describe(self) -> str:
         """Return one line such as ``8 ranks = 1 video x CFG 2 x Ulysses 4``."""
-        axes = [("CFG", self.cfg), ("ring", self.ring), ("Ulysses", self.ulysses), ("TP", self.tensor)]
+        axes = [("stages", self.pipeline), ("CFG", self.cfg), ("ring", self.ring), ("Ulysses", self.ulysses),
+                ("TP", self.tensor)]
         parts = [f"{self.replicas} video{'s' if self.replicas > 1 else ''} at a time"]
         parts += [f"{name} {degree}" for name, degree in axes if degree > 1]
         shared = {"DiT FSDP2": self.dit_fsdp, "T5 FSDP2": self.t5_fsdp, "parallel VAE": self.vae_parallel}
@@ -80,18 +84,21 @@ class InferenceLayout:
         found = [
             f"{name} is {value}, it must be at least 1"
             for name, value in (("--tensor_size", self.tensor), ("--ulysses_size", self.ulysses),
-                                ("--ring_size", self.ring))
+                                ("--ring_size", self.ring), ("--pipeline_model_parallel_size", self.pipeline))
             if value < 1
         ]
         if self.cfg not in (1, 2):
             found.append(f"--cfg_size is {self.cfg}; guidance has two branches, so it is 1 or 2")
         if found:
             return found
+        if self.pipeline > 1:
+            found += self._pipeline_problems()
         if self.world_size % self.replica_size:
+            stages = f" x stages {self.pipeline}" if self.pipeline > 1 else ""
             found.append(
                 f"world size {self.world_size} does not factor: cfg {self.cfg} x ulysses {self.ulysses} x ring "
-                f"{self.ring} x TP {self.tensor} = {self.replica_size} does not divide it; for TP {self.tensor} and "
-                f"ring {self.ring} legal (cfg, ulysses) are {self._legal(num_heads)}"
+                f"{self.ring} x TP {self.tensor}{stages} = {self.replica_size} does not divide it; for TP "
+                f"{self.tensor} and ring {self.ring} legal (cfg, ulysses) are {self._legal(num_heads)}"
             )
         elif num_videos is not None and 0 < num_videos < self.replicas:
             found.append(
@@ -107,12 +114,22 @@ class InferenceLayout:
             )
         return found
 
+    def _pipeline_problems(self) -> list[str]:
+        found = []
+        if self.dit_fsdp:
+            found.append("--dit_fsdp with --pipeline_model_parallel_size: a stage's weights stay where they are, and "
+                         "FSDP2 would gather them for every pass; use one of the two")
+        if self.world_size % self.replica_size == 0 and self.replicas > 1:
+            found.append(f"{self.world_size} ranks make {self.replicas} videos at a time, but pipeline stages make "
+                         f"one; start {self.replica_size} ranks per job, or raise --ulysses_size or --cfg_size")
+        return found
+
     def _legal(self, num_heads: int | None, *, whole: bool = False) -> str:
         """List (cfg, ulysses) pairs that fit the world size and the heads; ``whole`` uses every rank for one video."""
         pairs = []
         for cfg in (1, 2):
             for ulysses in range(1, self.world_size + 1):
-                size = cfg * ulysses * self.ring * self.tensor
+                size = cfg * ulysses * self.ring * self.tensor * self.pipeline
                 fits = size == self.world_size if whole else self.world_size % size == 0
                 if fits and (num_heads is None or num_heads % (self.tensor * ulysses) == 0):
                     pairs.append(f"({cfg}, {ulysses})")

@@ -65,7 +65,7 @@ def choose(
         expert, working, free: bytes; see above. ``free`` is before anything is loaded.
         block_share: share of an expert's bytes that is on the device in block mode.
         host: the device is the CPU, where moving weights saves nothing.
-        fsdp: FSDP2 shards the weights already; blocks are not streamed then.
+        fsdp: FSDP2 or pipeline stages divide the weights already; blocks are not streamed then.
 
     Raises:
         ResourceError: not even streamed blocks fit (only when ``asked`` is ``auto``).

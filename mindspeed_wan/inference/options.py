@@ -18,6 +18,7 @@ from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.guidance_options import GuidanceOptions
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import LoraOptions
+from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.inference.quantize_options import QuantizeOptions
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
 
@@ -118,6 +119,7 @@ class GenerateOptions:
     text_device: str = "auto"
     vae_tile: tuple[int, int, int, int] | None = None
     layout: InferenceLayout = field(default_factory=InferenceLayout)
+    pipefusion: PipeFusionOptions = field(default_factory=PipeFusionOptions)
     timeout_minutes: float = 20.0
     # what to leave on disk
     save_file: Path | None = None
@@ -163,10 +165,22 @@ class GenerateOptions:
             [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(),
              *(self._prompt_problems() if whole_list else ()), *self.cache.problems(self.task),
              *self.guidance_limits.problems(self.guidance, calibrates=self.cache.calibrate is not None),
-             *self.lora.problems(dit_fsdp=self.layout.dit_fsdp),
+             *self.lora.problems(dit_fsdp=self.layout.dit_fsdp), *self._stage_problems(),
              *self.quantize.problems(t5_fsdp=self.layout.t5_fsdp),
              *self.layout.problems(num_heads, videos)]
         )
+
+    def _stage_problems(self) -> list[str]:
+        found = self.pipefusion.problems(self.layout, caches=self.cache.method != "none", compiles=self.compile_blocks)
+        if self.layout.pipeline > 1:
+            if self.memory == "block":
+                found.append("--memory block with --pipeline_model_parallel_size: each stage holds its blocks; use "
+                             "--memory sequential to have one expert at a time on the device")
+            if self.cache.calibrate is not None:
+                found.append("--calibrate_cache measures whole models; run it without pipeline stages")
+            if self.lora.merge and self.lora:
+                found.append("merging LoRA files is done on whole models; leave them unmerged with pipeline stages")
+        return found
 
     def _choice_problems(self) -> list[str]:
         if self.task and self.task.startswith("ti2v"):
@@ -278,6 +292,7 @@ class GenerateOptions:
                 **(cache if self.cache.method != "none" else {}),
                 **({"attention": self.attention} if self.attention != "auto" else {}),
                 **({"guidance_limits": asdict(self.guidance_limits)} if self.guidance_limits else {}),
+                **({"pipefusion": self.pipefusion.settings(self.layout)} if self.pipefusion else {}),
                 **({"lora": self.lora.settings()} if self.lora else {}),
                 **({"quantize": self.quantize.settings()} if self.quantize else {}), "weights": weights}
 

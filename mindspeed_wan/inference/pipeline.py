@@ -28,6 +28,8 @@ from mindspeed_wan.inference.guidance_options import GuidancePlan
 from mindspeed_wan.inference.images import ImageConditions
 from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, VideoJob
+from mindspeed_wan.inference.pipefusion import PipeFusion
+from mindspeed_wan.inference.pipeline_stages import Runner, StagedModel, WholeModel
 from mindspeed_wan.inference.prompts import PromptEncoder
 from mindspeed_wan.inference.runtime import DTYPES, Runtime, start
 from mindspeed_wan.inference.sources import ModelFolder, recognise
@@ -190,6 +192,7 @@ class WanGenerator:
         denoiser = Denoiser(
             experts, self.runtime, schedule, make_solver(options.solver), scales={"high": high, "low": low},
             boundary=options.boundary, cache=cache, guidance_plan=self.guidance_plan(options),
+            runner=_runner(options, self.runtime),
         )
         noise = draw_noise(options.noise, latent, job.seed, self.runtime.device)
         with ops.use_attention(options.attention):
@@ -301,10 +304,14 @@ class WanGenerator:
         sharded = layout.cfg * layout.context if layout.dit_fsdp else 1
         spec = self.options.quantize.spec
         expert = expert_bytes(config, element=element, quantization=spec, tensor=layout.tensor, shard=sharded)
+        expert /= layout.pipeline
         working = memory.working_bytes(
             config, latent, element=element, context=layout.context, tensor=layout.tensor,
             dequantized=spec is not None and not spec.dynamic,
         )
+        if self.options.pipefusion:  # keys and values of this stage's blocks, for both branches
+            kept = 4 * config.num_tokens(latent) * config.dim * element / layout.tensor
+            working += kept * config.num_layers / layout.pipeline
         if layout.dit_fsdp:
             working += 2 * expert * sharded / config.num_layers  # the block in use and the one gathered ahead
         # All ranks must choose the same mode: the one with the least free memory decides.
@@ -312,8 +319,18 @@ class WanGenerator:
         return memory.choose(
             self.options.memory, experts=len(self.folder.experts), expert=expert, working=working, free=free,
             block_share=2 / config.num_layers + 0.05, host=self.runtime.platform.device_type == "cpu",
-            fsdp=layout.dit_fsdp,
+            fsdp=layout.dit_fsdp or layout.pipeline > 1,
         )
+
+
+def _runner(options: GenerateOptions, runtime: Runtime) -> Runner:
+    """Return what runs the passes of a step in this layout."""
+    if runtime.groups.pp is None:
+        return WholeModel()
+    if options.pipefusion:
+        return PipeFusion(runtime.groups, patches=options.pipefusion.count(runtime.layout),
+                          warmup=options.pipefusion.warmup)
+    return StagedModel(runtime.groups)
 
 
 def _check_attention(options: GenerateOptions, runtime: Runtime) -> None:

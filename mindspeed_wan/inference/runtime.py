@@ -101,6 +101,7 @@ def start(platform: Platform, layout: InferenceLayout, timeout_minutes: float) -
     init_distributed(platform, timeout_minutes)
     dims = ParallelDims(
         world_size=layout.world_size, tensor=layout.tensor, context=layout.context, ulysses=layout.ulysses,
+        pipeline=layout.pipeline,
         shard=layout.cfg * layout.context if layout.dit_fsdp else None,
     )
     groups = build_groups(dims, platform, timeout_minutes=timeout_minutes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from mindspeed_wan.models.wan.views import global_view, global_views, local_slic
 from mindspeed_wan.parallel.groups import ParallelGroups
 
 DEFAULT_NAME = "default"
+View = TypeVar("View")
 _FACTOR = re.compile(rf"^(?P<module>.+)\.({LORA_A}|{LORA_B})\.(?P<adapter>[^.]+)\.weight$")
 
 
@@ -122,8 +124,8 @@ def adapter_views(model: WanDiT, groups: ParallelGroups | None = None, name: str
     }
 
 
-def split_views(views: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split ``global_views`` into (base parameters, adapter factors)."""
+def split_views(views: Mapping[str, View]) -> tuple[dict[str, View], dict[str, View]]:
+    """Split ``global_views`` (or ``weight_views``) into (base parameters, adapter factors)."""
     base = {name: view for name, view in views.items() if not is_factor(name)}
     return base, {name: view for name, view in views.items() if name not in base}
 
@@ -150,7 +152,10 @@ def load_adapter(
     """
     _check_name(model, name)
     _apply_diffs(model, lora, name, weight, groups)
+    held = linear_modules_of(model)
     for mm, adapter in lora.adapters.items():
+        if mm not in held:
+            continue  # another pipeline stage's
         module, hook = _adapted(model, mm)
         base: Tensor = module.weight  # type: ignore[assignment]
         layouts = hook.layouts()
@@ -238,6 +243,8 @@ def _apply_diffs(model: WanDiT, lora: LoraFile, name: str, weight: float, groups
         return
     saved: dict[str, Tensor] = {}
     for parameter, diff in lora.diffs.items():
+        if parameter not in model.param_layout:
+            continue  # another pipeline stage's
         target = model.get_parameter(parameter)
         if not target.is_floating_point():
             raise ConfigError(f"an adapter changes {parameter} itself, which is held in 8 bits",

@@ -264,7 +264,7 @@ class WanDiT(nn.Module):
 
     def run_blocks(
         self, blocks: Iterable[nn.Module], x: Tensor, modulation: Tensor, texts: Sequence[Tensor | TextKV],
-        image: Tensor | None, grid: tuple[int, int, int],
+        image: Tensor | None, grid: tuple[int, int, int], rows: slice = slice(None),
     ) -> Tensor:  # fmt: skip
         """Run ``blocks`` on the residual stream ``x [L, B, D]``; ``texts`` has one entry per block.
 
@@ -274,8 +274,9 @@ class WanDiT(nn.Module):
             texts: embedded text ``[Lt, B, D]`` or a block's cached keys and values.
             image: embedded image tokens ``[Li, B, D]`` of Wan2.1 I2V.
             grid: tokens of the whole video along (frames, height, width).
+            rows: which of this rank's tokens ``x`` holds, when it is a patch of them.
         """
-        cos, sin = self._rotary(grid, x.device)
+        cos, sin = (table[rows] for table in self._rotary(grid, x.device))
         length, dtype = grid[0] * grid[1] * grid[2], self.dtype
         for block, text in zip(blocks, texts):
             x = block(x, modulation, cos, sin, text, image=image, length=length, compute_dtype=dtype)

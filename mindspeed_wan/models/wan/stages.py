@@ -13,6 +13,7 @@ Legend: L tokens on this rank, Lt text tokens, Li image tokens, B batch, D hidde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_wan.models.wan.config import IMAGE_CONTEXT_LENGTH, WanConfig
-from mindspeed_wan.models.wan.model import TextContext, WanDiT
+from mindspeed_wan.models.wan.model import BlockRunner, TextContext, WanDiT
 from mindspeed_wan.parallel.pipeline import Chunk
 
 TIME_ROWS = 7
@@ -144,7 +145,8 @@ class Inputs:
 
 
 def run_chunk(model: WanDiT, chunk: Chunk, wire: Wire, grid: Grid, source: Inputs | Tensor,
-              context: TextContext | None = None) -> Tensor:
+              context: TextContext | None = None,
+              around_blocks: Callable[[Tensor, BlockRunner], Tensor] | None = None) -> Tensor:
     """Run one chunk of the model on this stage.
 
     Args:
@@ -153,6 +155,7 @@ def run_chunk(model: WanDiT, chunk: Chunk, wire: Wire, grid: Grid, source: Input
         wire, grid: sizes of this micro-batch.
         source: ``Inputs`` for the first chunk, else the tensor received from the chunk before.
         context: cached keys and values of all of this rank's blocks, instead of text on the wire.
+        around_blocks: as in ``WanDiT.forward``, around the chunk's blocks.
 
     Returns:
         the velocity ``[B, C_out, F, H, W]`` of the last chunk, else the tensor ``[rows, B, D]`` to send on.
@@ -167,7 +170,11 @@ def run_chunk(model: WanDiT, chunk: Chunk, wire: Wire, grid: Grid, source: Input
         stream = unpack(source, wire, model.dtype)
     held = list(model.blocks.named_children())
     mine = [place for place, (name, _) in enumerate(held) if int(name) in chunk.blocks]
+    blocks = [held[place][1] for place in mine]
     texts = [stream.text if context is None else context.blocks[place] for place in mine]
-    x = model.run_blocks([held[place][1] for place in mine], stream.x, stream.modulation, texts, stream.image,  # type: ignore[arg-type]
-                         grid)
+
+    def run(x: Tensor) -> Tensor:
+        return model.run_blocks(blocks, x, stream.modulation, texts, stream.image, grid)  # type: ignore[arg-type]
+
+    x = run(stream.x) if around_blocks is None else around_blocks(stream.x, run)
     return model.project(x, stream.time, grid) if chunk.last else pack(replace(stream, x=x), wire)
