@@ -202,6 +202,7 @@ CASES = (
     Case(name="LoRA, fp32", lora_rank=8, **_TINY),
     Case(name="LoRA, FSDP2 of 2, bf16, recompute", lora_rank=8, data=2, fsdp2=True, precision="bf16", recompute=True,
          **_TINY),
+    Case(name="1 rank, recompute, 8-bit moments", recompute=True, adam8bit=True, **_TINY),
     Case(name="mid size, bf16", precision="bf16", **_MID),
     Case(name="mid size, FSDP2 of 2, bf16, recompute", data=2, fsdp2=True, precision="bf16", recompute=True, **_MID),
 )
@@ -216,7 +217,7 @@ def job_of(case: Case) -> Job:
     )
     return Job(model=case.config, latent=case.latent, device=PRESETS["910B"], dims=dims, precision=case.precision,
                fp32_residual=case.fp32_residual, fsdp2=case.fsdp2, recomputed=case.recompute * case.num_layers,
-               keep_attention=case.keep_attention,
+               keep_attention=case.keep_attention, states="bytes" if case.adam8bit else "device",
                fused_optimizer=False, micro_batch=case.micro_batch,
                lora_rank=case.lora_rank, encoders=False, kernels="cpu")
 

@@ -43,6 +43,7 @@ class Case:
     fp32_residual: bool = False
     micro_batch: int = 1
     lora_rank: int = 0
+    adam8bit: bool = False
 
     @property
     def world_size(self) -> int:
@@ -135,7 +136,8 @@ def measure_rank(rank: int, world_size: int, case: Case) -> dict[str, float]:
     from mindspeed_wan.parallel.groups import build_groups
     from mindspeed_wan.platforms import get_platform
     from mindspeed_wan.training import setup
-    from mindspeed_wan.training.optimizer import AdamW
+    from mindspeed_wan.training.byte_states import ByteStates
+    from mindspeed_wan.training.optimizer import AdamW, ResidentStates
 
     platform = get_platform("cpu")
     platform.activate()
@@ -154,7 +156,7 @@ def measure_rank(rank: int, world_size: int, case: Case) -> dict[str, float]:
         groups = build_groups(setup.parallel_dims(config, world_size), platform)
         model = setup.build_model(config, wan, groups, platform)
         init_weights(model, 0, groups)
-        optimizer = AdamW(model.named_parameters())
+        optimizer = AdamW(model.named_parameters(), states=ByteStates if case.adam8bit else ResidentStates)
         for tensor in (*model.parameters(), *optimizer.masters().values()):
             tracker.watch(tensor.detach())
         latents = torch.randn(case.micro_batch, wan.in_channels, *case.latent)

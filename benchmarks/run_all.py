@@ -26,7 +26,9 @@ JOBS: dict[str, list[str]] = {
     "data loading": ["data.py"],
     "converters, 4 of 40 blocks": ["convert.py", "--layers", "4"],
     "LoRA merge, 4 of 40 blocks": ["lora_merge.py", "--layers", "4"],
+    "Ulysses, exchange beside attention": ["ulysses_overlap.py"],
     "memory plan against measured peaks": ["plan_accuracy.py"],
+    "weights in 8 bits beside torchao": ["quantization.py"],
 }
 _LONG_TEXT = 200
 

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--micro-batch-size", type=int, default=1, help="clips per pass and data rank")
     what.add_argument("--global-batch-size", type=int, help="clips per optimizer step (default: one pass)")
     what.add_argument("--ema", action="store_true", help="keep an average of the weights")
+    what.add_argument("--recompute-offload", action="store_true", help="inputs of recomputed blocks in host memory")
+    what.add_argument("--optimizer-cpu-offload", action="store_true", help="Adam's moments in host memory")
+    what.add_argument("--optimizer", choices=("adamw", "adam8bit"), default="adamw", help="adam8bit: 8-bit moments")
     what.add_argument("--features", action="store_true", help="train from cached latents and text: no encoders")
     what.add_argument("--steps", type=int, help="denoising steps (default: the task's)")
     where = parser.add_argument_group("the devices")
@@ -92,11 +95,15 @@ def _job(args: argparse.Namespace) -> Job:
         raise ConfigError(f"'{args.task}' is not a task", where="--task", fix=fix)
     sampling = SAMPLING_DEFAULTS[args.task]
     chosen = _device(args)
+    if args.optimizer_cpu_offload and args.optimizer == "adam8bit":
+        raise ConfigError("--optimizer-cpu-offload with --optimizer adam8bit", fix="8-bit moments stay on the device")
     return Job(
         model=PRESETS[args.task], latent=_latent(args), device=chosen, dims=ParallelDims(),
         training=not args.infer, precision=args.precision, fp32_residual=args.fp32_residual,
         micro_batch=_at_least_one(args.micro_batch_size, "--micro-batch-size"), lora_rank=args.lora, ema=args.ema,
         encoders=not args.features, steps=args.steps or sampling.num_steps,
+        offload=args.recompute_offload,
+        states="host" if args.optimizer_cpu_offload else "bytes" if args.optimizer == "adam8bit" else "device",
         kernels="npu" if chosen.name.startswith(("910", "A3")) else "cuda",
     )
 

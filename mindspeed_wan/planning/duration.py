@@ -14,12 +14,18 @@ from dataclasses import dataclass
 
 from mindspeed_wan.models.wan.flops import forward_flops, training_flops
 from mindspeed_wan.planning.job import Job
-from mindspeed_wan.planning.memory import TEXT_ENCODER_PARAMETERS
+from mindspeed_wan.planning.memory import TEXT_ENCODER_PARAMETERS, block_input
 from mindspeed_wan.planning.traffic import Collective, collectives
 
 ATTENTION_BACKWARD = 2.5
 UPDATE_BYTES = 40
 """Memory traffic of AdamW and gradient clipping per trained parameter."""
+ENCODING_TRAFFIC = 120
+"""Memory traffic of decoding and encoding both 8-bit moments, per parameter (passes counted, not fitted)."""
+HOST_LINK = 25e9
+"""Bytes per second between a device and page-locked host memory: what PCIe 4 x16 reaches; PCIe 5 has twice that."""
+STATE_TRAVEL = 16
+"""Bytes that offloaded moments travel per parameter and step: two of 4 bytes, there and back, on one stream."""
 VAE_FLOPS_PER_PIXEL = 9.1e7
 """Decoding one pixel of one frame, as FLOP at the device's peak (SGLang: 720x1280x81 takes 6.9 s on an H100)."""
 VAE_ENCODE_SHARE = 0.5
@@ -153,7 +159,8 @@ def _training(job: Job) -> Duration:
     once = [c for c in found if not c.per_block]
     parts["exposed gradients"] = sum(c.seconds(job.device) * c.calls * (1 if c.phase == "step" else job.accumulation)
                                      for c in once)
-    parts["optimizer"] = UPDATE_BYTES * job.trained.shard / job.device.bandwidth
+    parts["exposed offload"] = job.accumulation * _exposed_offload(job, passes[0][0], passes[2][0])
+    parts["optimizer"] = _optimizer(job)
     if job.encoders:
         parts["encoders"] = job.accumulation * job.micro_batch * (
             _text_seconds(job) + VAE_ENCODE_SHARE * _vae_seconds(job))
@@ -163,6 +170,21 @@ def _training(job: Job) -> Duration:
     useful = job.clips_per_step * training_flops(job.model, job.latent) * (2 / 3 if job.lora_rank else 1.0)
     mfu = useful / step / (job.device.peak_flops * job.dims.world_size)
     return Duration(parts, mfu, job.clips_per_step / step)
+
+
+def _exposed_offload(job: Job, forward: _Pass, backward: _Pass) -> float:
+    """Return what a block's computation does not hide of its input's way to the host and back."""
+    if not job.offload:
+        return 0.0
+    travel = block_input(job) / HOST_LINK
+    return job.recomputed * sum(_not_hidden(travel, one.compute) for one in (forward, backward))
+
+
+def _optimizer(job: Job) -> float:
+    """Return the seconds of the update; offloaded state is copied beside it, on a link that is slower by far."""
+    traffic = UPDATE_BYTES + (ENCODING_TRAFFIC if job.states == "bytes" else 0)
+    update = traffic * job.trained.shard / job.device.bandwidth
+    return update if job.states != "host" else max(update, STATE_TRAVEL * job.trained.shard / HOST_LINK)
 
 
 def _generation(job: Job) -> Duration:

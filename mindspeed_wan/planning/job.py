@@ -13,6 +13,8 @@ from mindspeed_wan.models.wan.param_map import Param, parameter_table
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.planning.devices import Device
 
+States = Literal["device", "host", "bytes"]
+"""Where Adam's moments are: fp32 on the device or in host memory, or 8 bits each on the device."""
 Kernels = Literal["cpu", "cuda", "npu"]
 """Whose norms, rotation and attention run (``platforms/ops.py``): they save different things for the backward pass."""
 
@@ -30,6 +32,8 @@ class Job:
         fsdp2: parameters are gathered block by block (bf16 training always is, over one rank if need be).
         recomputed: blocks that keep their input only, counted from the first.
         keep_attention: they keep the results of attention too, which then does not run again.
+        offload: the inputs of recomputed blocks are in host memory between the passes.
+        states: where the moments are.
         lora_rank: adapters of this rank on the default targets are trained, nothing else; 0 trains all weights.
         encoders: VAE and text encoder run in the job (not with cached features).
         guidance: forward passes per step of a generation (2 with classifier-free guidance).
@@ -47,6 +51,8 @@ class Job:
     fsdp2: bool = True
     recomputed: int = 0
     keep_attention: bool = False
+    offload: bool = False
+    states: States = "device"
     fused_optimizer: bool = True
     micro_batch: int = 1
     accumulation: int = 1

@@ -88,7 +88,9 @@ def describe(job: Job) -> str:
     if job.training:
         words.append(f"DP{dims.data}")
         words.append(f"FSDP2/{dims.shard_size}" if job.fsdp2 else "no FSDP2")
-        words.append(f"recompute {job.recomputed}/{job.model.num_layers}{' but attention' * job.keep_attention}")
+        words.append(f"recompute {job.recomputed}/{job.model.num_layers}{' but attention' * job.keep_attention}"
+                     f"{' offloaded' * job.offload}")
+        words += {"device": [], "host": ["moments on the host"], "bytes": ["8-bit moments"]}[job.states]
         if job.accumulation > 1:
             words.append(f"accumulate {job.accumulation}")
     else:

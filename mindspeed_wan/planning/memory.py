@@ -28,6 +28,16 @@ TEXT_ENCODER_PARAMETERS = 5.68e9
 """UMT5-XXL's encoder."""
 RUNTIME_BYTES = 1.5 * (1 << 30)
 """Context, library handles and communication buffers of an accelerator; nothing of it is a tensor."""
+STATE_BATCH_BYTES = 256 << 20
+"""State that is not on the device in fp32 comes there in batches of this size (training.optimizer.BATCH_BYTES)."""
+STATE_BATCHES = {"host": 3, "bytes": 1}
+"""Batches on the device at a time: one comes, one is updated, one goes; 8-bit moments are decoded one by one."""
+BYTE_MOMENT = 1 + 4 / 256
+"""Bytes of an 8-bit moment: its code, and a fp32 scale for 256 of them."""
+ENCODING_BYTES = 46
+"""Working memory of encoding one 8-bit moment, per element of the tensor at hand."""
+TRAVELLING_INPUTS = 2
+"""Offloaded block inputs on the device: one is used while the other one travels."""
 FRAGMENTATION = 0.04
 """Share of the allocator's memory that is lost between blocks (expandable segments on)."""
 
@@ -52,6 +62,8 @@ class MemoryPlan:
     moments: tuple[Moment, ...]
     runtime: float
     fragmentation: float
+    host: float = 0.0
+    """Page-locked host memory per device, bytes."""
 
     @property
     def peak(self) -> Moment:
@@ -72,7 +84,16 @@ def plan_memory(job: Job) -> MemoryPlan:
     """Return the moments of a training step, or of a generation."""
     moments = _training_moments(job) if job.training else _generation_moments(job)
     on_host = job.kernels == "cpu"
-    return MemoryPlan(tuple(moments), 0.0 if on_host else RUNTIME_BYTES, 0.0 if on_host else FRAGMENTATION)
+    return MemoryPlan(tuple(moments), 0.0 if on_host else RUNTIME_BYTES, 0.0 if on_host else FRAGMENTATION,
+                      host_memory(job))
+
+
+def host_memory(job: Job) -> float:
+    """Bytes of page-locked host memory per device: offloaded block inputs and moments."""
+    if not job.training:
+        return 0.0
+    inputs = job.recomputed * block_input(job) if job.offload else 0.0
+    return inputs + (8.0 * job.trained.shard if job.states == "host" else 0.0)
 
 
 # ---- saved for the backward pass ---------------------------------------------------------------------------------
@@ -174,7 +195,9 @@ def _voxels(job: Job) -> int:
 def saved_activations(job: Job) -> float:
     """Bytes kept between forward and backward: every block's, recomputed ones their input."""
     kept = job.model.num_layers - job.recomputed
-    return kept * block_activations(job) + job.recomputed * recomputed_block(job) + outside_activations(job)
+    away = max(job.recomputed - TRAVELLING_INPUTS, 0) if job.offload else 0
+    return kept * block_activations(job) + job.recomputed * recomputed_block(job) - away * block_input(job) \
+        + outside_activations(job)
 
 
 # ---- moments -----------------------------------------------------------------------------------------------------
@@ -183,7 +206,8 @@ def saved_activations(job: Job) -> float:
 def _state_parts(job: Job) -> dict[str, float]:
     """Return what is there between steps: fp32 weights (a frozen base in the compute type) and moments."""
     trained = job.trained.shard
-    parts = {"weights (fp32)": 4.0 * trained, "Adam moments": 8.0 * trained}
+    moment = {"device": 4.0, "host": 0.0, "bytes": BYTE_MOMENT}[job.states]
+    parts = {"weights (fp32)": 4.0 * trained, "Adam moments": 2 * moment * trained}
     if job.lora_rank:
         parts["frozen weights"] = float(job.element * job.sizes.shard)
     if job.ema:
@@ -227,8 +251,9 @@ def _training_moments(job: Job) -> list[Moment]:
             "activations": _activations_at_last_block(job),
             "gradients": standing or gradients * _share_of_later_blocks(job)}
     update = {**states, "gradients": gradients}
-    if not job.fused_optimizer:
-        update["optimizer temporaries"] = 4.0 * job.trained.shard
+    temporaries = _update_temporaries(job)
+    if temporaries:
+        update["optimizer temporaries"] = temporaries
     moments = [Moment("backward begins", begin), Moment("backward of block 0", last), Moment("update", update)]
     if job.recomputed == job.model.num_layers:
         again = saved_activations(job) + block_activations(job) - recomputed_block(job) - outside_activations(job)
@@ -238,6 +263,23 @@ def _training_moments(job: Job) -> list[Moment]:
         moments += _encoding_moments(job, states)
     encoders = _resident_encoders(job)
     return [Moment(m.name, _present({**m.parts, **encoders})) for m in moments]
+
+
+def _update_temporaries(job: Job) -> float:
+    """fp32 copies of moments that live elsewhere, a batch at a time; one number per parameter of an unfused update.
+
+    Encoding a moment works on one tensor at a time; the largest are the feed-forward's.
+    """
+    trained = job.trained.shard
+    unfused = 0.0 if job.fused_optimizer else 4.0 * trained
+    if job.states == "device":
+        return unfused
+    batch = min(8.0 * trained, STATE_BATCHES[job.states] * STATE_BATCH_BYTES)
+    if job.states == "host":
+        return batch + min(unfused, STATE_BATCH_BYTES / 2)
+    largest = trained if job.lora_rank else job.model.dim * job.model.ffn_dim / job.dims.tensor
+    shard = job.dims.shard_size if job.fsdp2 else 1
+    return batch + max(min(unfused, STATE_BATCH_BYTES / 2), ENCODING_BYTES * min(largest / shard, trained))
 
 
 def _activations_at_last_block(job: Job) -> float:

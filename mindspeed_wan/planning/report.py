@@ -54,6 +54,9 @@ def details(layout: Layout) -> list[str]:
              f" {peak.name}"]
     lines += _columns({**peak.parts, "fragmentation": memory.fragmentation * peak.tensors,
                        "runtime": memory.runtime}, GIB, "GiB")
+    if memory.host:
+        lines.append(f"page-locked host memory: {memory.host / GIB:.1f} GiB per device,"
+                     f" {memory.host * min(job.device.per_node, job.dims.world_size) / GIB:.0f} GiB per node")
     lines.append("time of one step")
     lines += _columns(time.parts, 1.0, "s")
     found = collectives(job)
@@ -95,6 +98,7 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
         "ulysses": dims.ulysses_size, "ring": dims.ring, "data": dims.data,
         "shard": dims.shard_size if job.fsdp2 else None,
         "recomputed_blocks": job.recomputed, "keep_attention": job.keep_attention,
+        "offload": job.offload, "states": job.states, "host_bytes": memory.host,
         "accumulation": job.accumulation, "cfg": job.cfg,
         "memory_bytes": memory.total, "memory_peak": memory.peak.name,
         "memory_moments": {moment.name: moment.parts for moment in memory.moments},
@@ -121,6 +125,9 @@ def start(layout: Layout, task: str) -> list[str]:
         words.append(f"--recompute-granularity full --recompute-method block --recompute-num-layers {job.recomputed}")
     if job.keep_attention:
         words.append("--recompute-skip-core-attention")
+    if job.offload and job.recomputed:
+        words.append("--recompute-offload")
+    words += {"device": [], "host": ["--optimizer-cpu-offload"], "bytes": ["--optimizer adam8bit"]}[job.states]
     lines = [f"start it: {' '.join(words)}"]
     if job.fsdp2:
         lines += ["  with recompute_modules: [] in the FSDP2 file (FSDP_CONFIG)"] if not job.recomputed else []

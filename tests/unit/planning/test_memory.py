@@ -20,7 +20,8 @@ from mindspeed_wan.planning.memory import block_activations, plan_memory
 from tests.helpers.spawn import run_ranks
 
 MEASURED = ("1 rank", "1 rank, bf16, recompute", "LoRA, FSDP2 of 2, bf16, recompute",
-            "1 rank, recompute but attention", "TP2 SP", "CP2 Ulysses", "FSDP2 of 2", "FSDP2 of 2, bf16, recompute")
+            "1 rank, recompute but attention", "TP2 SP", "CP2 Ulysses", "FSDP2 of 2", "FSDP2 of 2, bf16, recompute",
+            "1 rank, recompute, 8-bit moments")
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -87,13 +88,42 @@ def test_recompute_keeps_one_tensor_per_block() -> None:
     assert with_recompute.total < without.total
 
 
+def test_offloaded_inputs_leave_two_on_the_device() -> None:
+    kept, away = plan_memory(a14b()), plan_memory(a14b(offload=True))
+    one = 75600 * 5120 * 2
+    saved = kept.moment("backward begins").parts["activations"] - away.moment("backward begins").parts["activations"]
+    assert saved == pytest.approx(38 * one)
+    assert (kept.host, away.host) == (0, 40 * one)
+
+
+def test_optimizer_state_on_the_host_or_in_bytes() -> None:
+    trained = 14.288e9 / 8
+    plans = {states: plan_memory(a14b(encoders=False, states=states)) for states in ("device", "host", "bytes")}
+    moments = {states: plan.moment("update").parts.get("Adam moments", 0) for states, plan in plans.items()}
+    assert moments["device"] == pytest.approx(8 * trained, rel=0.002)
+    assert moments["host"] == 0 and plans["host"].host == pytest.approx(8 * trained, rel=0.002)
+    assert moments["bytes"] == pytest.approx(2.03 * trained, rel=0.003)
+    assert plans["host"].total < plans["bytes"].total < plans["device"].total
+
+
+def test_constants_are_the_trainers() -> None:
+    from mindspeed_wan.planning import memory
+    from mindspeed_wan.training import byte_states, optimizer
+
+    assert memory.STATE_BATCH_BYTES == optimizer.BATCH_BYTES
+    assert memory.BYTE_MOMENT == 1 + 4 / byte_states.BLOCK
+
+
 @pytest.mark.parametrize("less", [
     {"dims": ParallelDims(world_size=8, context=2)},
     {"dims": ParallelDims(world_size=8, tensor=2, sequence_parallel=True)},
     {"dims": ParallelDims(world_size=16)},
     {"latent": (21, 60, 104)},
     {"lora_rank": 16},
-], ids=["context", "tensor", "more ranks", "480p", "LoRA"])
+    {"offload": True},
+    {"states": "host"},
+    {"states": "bytes"},
+], ids=["context", "tensor", "more ranks", "480p", "LoRA", "offload", "host states", "8-bit states"])
 def test_memory_falls_with_every_means_against_it(less: dict[str, object]) -> None:
     assert plan_memory(a14b(**less)).total < plan_memory(a14b()).total
 
