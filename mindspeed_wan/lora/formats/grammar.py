@@ -8,11 +8,13 @@ from typing import Literal
 
 from mindspeed_wan.models.wan.param_map import Layout
 
-Role = Literal["down", "up", "alpha", "diff", "diff_b", "diff_m"]
+Role = Literal["down", "up", "up_bias", "alpha", "diff", "diff_b", "diff_m"]
 
 _ENDINGS: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ("down", re.compile(r"\.lora_(?:A(?:\.(?P<adapter>[^.]+))?|down)\.weight$|\.lora\.down\.weight$")),
     ("up", re.compile(r"\.lora_(?:B(?:\.(?P<adapter>[^.]+))?|up)\.weight$|\.lora\.up\.weight$")),
+    # PEFT's lora_bias=True: a bias of B, scaled as B is
+    ("up_bias", re.compile(r"\.lora_(?:B(?:\.(?P<adapter>[^.]+))?|up)\.bias$|\.lora\.up\.bias$")),
     ("alpha", re.compile(r"\.alpha$")),
     ("diff", re.compile(r"\.diff$")),
     ("diff_b", re.compile(r"\.diff_b$")),
@@ -52,6 +54,7 @@ class Format:
         alpha: a scalar tensor per module (``tensor``), PEFT's JSON (``peft``), our JSON (``own``), or nothing, so that
             the scale has to be multiplied into B for that producer's loader (``folded``).
         diffs: whether its loaders know ``.diff``, ``.diff_b`` and ``.diff_m``.
+        up_bias: ending of a bias of B, for formats whose loaders know that instead.
     """
 
     prefix: str
@@ -61,6 +64,7 @@ class Format:
     alpha: Literal["tensor", "peft", "own", "folded"]
     squash: bool = False
     diffs: bool = False
+    up_bias: str | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -73,10 +77,11 @@ FORMATS: dict[str, Format] = {
     "lightx2v": Format("diffusion_model.", "original", ".lora_down.weight", ".lora_up.weight", "tensor", diffs=True),
     "diffsynth": Format("", "original", ".lora_A.default.weight", ".lora_B.default.weight", "folded"),
     # WanPipeline.load_lora_weights; one file per expert
-    "diffusers": Format("transformer.", "hf", ".lora_A.weight", ".lora_B.weight", "peft"),
+    "diffusers": Format("transformer.", "hf", ".lora_A.weight", ".lora_B.weight", "peft", up_bias=".lora_B.bias"),
     # a folder with adapter_config.json for peft.PeftModel on diffusers' transformer
-    "peft": Format("base_model.model.", "hf", ".lora_A.weight", ".lora_B.weight", "peft"),
-    "mm": Format("base_model.model.", "mm", ".lora_A.default.weight", ".lora_B.default.weight", "own"),
+    "peft": Format("base_model.model.", "hf", ".lora_A.weight", ".lora_B.weight", "peft", up_bias=".lora_B.bias"),
+    "mm": Format("base_model.model.", "mm", ".lora_A.default.weight", ".lora_B.default.weight", "own",
+                 up_bias=".lora_B.default.bias"),
 }
 
 

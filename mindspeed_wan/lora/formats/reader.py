@@ -14,6 +14,7 @@ from torch import Tensor
 from mindspeed_wan.checkpoint.safe_load import read_safetensors_header, safe_torch_load
 from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.lora.formats import alpha as alphas
+from mindspeed_wan.lora.formats.bias import to_difference
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
 from mindspeed_wan.lora.formats.grammar import DIFF_LEAF, FORMATS, Role, detect, other_method, split_key
 from mindspeed_wan.lora.names import NameTable
@@ -107,8 +108,10 @@ def parse(
     diffs: dict[str, Tensor] = {}
     for mm in sorted(parts, key=_model_order(names)):
         roles = parts[mm]
-        if roles.keys() & {"down", "up", "alpha"}:
+        if roles.keys() & {"down", "up", "up_bias", "alpha"}:
             adapters[mm] = _adapter(mm, roles, names, scales, where)
+        if "up_bias" in roles and (bias := _up_bias(mm, roles, names, where)) is not None:
+            diffs[f"{mm}.bias"] = to_difference(bias, adapters[mm].scale)
         for role in ("diff", "diff_b", "diff_m"):
             if role in roles:
                 name, diff = _diff(mm, role, roles[role], names, where)
@@ -195,6 +198,14 @@ def _diff(mm: str, role: Role, tensor: Tensor, names: NameTable, where: str) -> 
         raise CheckpointError(f"{name}: the difference is {list(tensor.shape)}, the parameter {list(param.shape)}",
                               where=where, fix="it belongs to another Wan model")
     return name, tensor.reshape(param.shape)
+
+
+def _up_bias(mm: str, roles: Mapping[Role, Tensor], names: NameTable, where: str) -> Tensor | None:
+    """Return the bias of B, ``None`` when it is zero (PEFT writes one for every module)."""
+    if "diff_b" in roles:
+        raise CheckpointError(f"{mm} has a bias of B and a .diff_b", where=where, fix="the file mixes two formats")
+    _, bias = _diff(mm, "diff_b", roles["up_bias"], names, where)
+    return bias if bias.is_meta or bool(bias.any()) else None
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

@@ -15,6 +15,7 @@ from mindspeed_wan.checkpoint.manifest import write_text_atomic
 from mindspeed_wan.checkpoint.tensor_file import write_tensor_file
 from mindspeed_wan.errors import CheckpointError, ConfigError, did_you_mean
 from mindspeed_wan.lora.formats import alpha as alphas
+from mindspeed_wan.lora.formats.bias import from_difference
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
 from mindspeed_wan.lora.formats.grammar import FORMATS, Format
 from mindspeed_wan.lora.names import NameTable
@@ -58,9 +59,10 @@ def to_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and metadata of ``lora`` in a format, ready for a safetensors file."""
     spelling = _format(format_name)
-    if lora.diffs and not spelling.diffs and not drop_diffs:
+    lost = [name for name in lora.diffs if not _carries(name, lora, spelling)]
+    if lost and not drop_diffs:
         raise CheckpointError(
-            f"{len(lora.diffs)} differences (first {next(iter(lora.diffs))}) cannot be written as {format_name}: "
+            f"{len(lost)} differences (first {lost[0]}) cannot be written as {format_name}: "
             "its loaders do not know them",
             fix="use kohya, comfy or lightx2v, or --drop-diffs to lose them",
         )
@@ -73,9 +75,38 @@ def to_tensors(
         tensors[stem + spelling.up] = up
         if spelling.alpha == "tensor":
             tensors[stem + ".alpha"] = _alpha_tensor(adapter)
+    if spelling.up_bias is not None:
+        tensors.update(_up_biases(lora, spelling, names))
     if spelling.diffs:
         tensors.update(_diff_tensors(lora, spelling, names))
     return tensors, _metadata(lora, config, spelling)
+
+
+def _carries(diff: str, lora: LoraFile, spelling: Format) -> bool:
+    """Tell whether a format has a place for a difference: PEFT's only for the biases of adapted layers."""
+    return spelling.diffs or (spelling.up_bias is not None and _is_up_bias(diff, lora))
+
+
+def _is_up_bias(diff: str, lora: LoraFile) -> bool:
+    module, _, leaf = diff.rpartition(".")
+    return leaf == "bias" and module in lora.adapters
+
+
+def _up_biases(lora: LoraFile, spelling: Format, names: NameTable) -> dict[str, Tensor]:
+    """Return a bias of B for every module if one has it: PEFT knows only all or none."""
+    if not _has_up_bias(lora):
+        return {}
+    tensors = {}
+    for mm, adapter in lora.adapters.items():
+        diff, up = lora.diffs.get(f"{mm}.bias"), adapter.up
+        zero = torch.zeros(up.shape[0], dtype=up.dtype, device=up.device)
+        bias = zero if diff is None else from_difference(diff, adapter.scale, up.dtype)
+        tensors[_stem(mm, spelling, names) + str(spelling.up_bias)] = bias
+    return tensors
+
+
+def _has_up_bias(lora: LoraFile) -> bool:
+    return any(_is_up_bias(diff, lora) for diff in lora.diffs)
 
 
 def _format(name: str) -> Format:
@@ -156,6 +187,7 @@ def _peft_config(lora: LoraFile, config: WanConfig) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
+        **({"lora_bias": True} if _has_up_bias(lora) else {}),
         "target_modules": sorted(hf.values()),
         "rank_pattern": {hf[mm]: a.rank for mm, a in lora.adapters.items() if a.rank != rank},
         "alpha_pattern": {hf[mm]: a.alpha for mm, a in lora.adapters.items() if a.alpha != alpha},
