@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,6 +69,7 @@ def write_model_folder(
     flow_shift: float = 3.0,
     shard_size: str = "10GB",
     captions: Sequence[str] = (),
+    trainable: bool = False,
     **sizes: Any,
 ) -> Path:
     """Write a tiny Wan pipeline folder that diffusers' ``from_pretrained`` loads and runs.
@@ -82,6 +83,7 @@ def write_model_folder(
         flow_shift: written to the scheduler's config (3.0 is what Diffusers' own conversions carry).
         shard_size: largest safetensors shard of DiT and text encoder, e.g. ``"200KB"`` to get a sharded index.
         captions: texts whose words become tokens of their own.
+        trainable: give the experts Wan's initial weights, from which they learn, instead of perturbed ones.
         **sizes: fields of ``TinySizes``.
 
     Returns:
@@ -100,6 +102,10 @@ def write_model_folder(
     root.mkdir(parents=True, exist_ok=True)
     vocab = write_tokenizer(root / "tokenizer", vocab_size=tiny.vocab_size, sentences=captions)
     components: dict[str, Any] = _components(task, tiny, vocab, seed, flow_shift)
+    if trainable:
+        for name in ("transformer", "transformer_2"):
+            if name in components:
+                initialise(components[name], seed=seed, salt=name)
     with _quiet_libraries():
         for name, component in components.items():
             if name in ("transformer", "transformer_2", "text_encoder"):
@@ -156,13 +162,36 @@ def perturb(module: torch.nn.Module, *, seed: int, salt: str = "") -> None:
     Matrices get std ``fan_in ** -0.5`` (signals keep their size through the layers), norm weights ``1 +- 0.1``,
     modulation tables std 0.2, biases std 0.05.
     """
+    _redraw(module, seed, salt, _redrawn)
+
+
+def initialise(transformer: torch.nn.Module, *, seed: int, salt: str = "") -> None:
+    """Give a WanTransformer3DModel the variances of Wan's own initialisation; it predicts zero until it is trained."""
+    _redraw(transformer, seed, salt, _initial)
+
+
+def _redraw(module: torch.nn.Module, seed: int, salt: str, draw: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     import torch
 
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             key = zlib.crc32(f"{seed}/{salt}/{name}".encode())
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(key))
-            parameter.copy_(_redrawn(name, noise).to(parameter.dtype))
+            parameter.copy_(draw(name, noise).to(parameter.dtype))
+
+
+def _initial(name: str, noise: torch.Tensor) -> torch.Tensor:
+    """Xavier for matrices, 0.02 for the text and time embedding, norms 1, biases and output projection 0."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "scale_shift_table":
+        return noise * noise.shape[-1] ** -0.5
+    if leaf == "bias" or name.startswith("proj_out."):
+        return 0 * noise
+    if noise.dim() < 2:
+        return 0 * noise + 1
+    if "condition_embedder" in name and "time_proj" not in name:
+        return 0.02 * noise
+    return noise * (2 / (noise.shape[0] + noise[0].numel())) ** 0.5
 
 
 def _redrawn(name: str, noise: torch.Tensor) -> torch.Tensor:

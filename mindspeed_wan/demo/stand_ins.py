@@ -232,23 +232,22 @@ _REWARD = "models/Personalized_Model/Wan2.2-Fun-A14B-InP-{expert}-noise-HPS2.1.s
 
 
 def _videox_fun(root: Path) -> None:
-    """The Fun-InP folder, where ``transformer`` is the low expert, reward LoRAs, and clips with their JSON table."""
+    """The Fun-InP folder with VideoX-Fun's class name in its experts, reward LoRAs, clips with their JSON table."""
     from mindspeed_wan.demo.original_folder import write_original_folder
 
     fun = root / _FUN
     fun.parent.mkdir(parents=True)
     write_original_folder(fun, task="i2v")
-    for theirs, official in (("transformer", "low_noise_model"), ("transformer_2", "high_noise_model")):
-        (fun / official).rename(fun / theirs)
-        config = json.loads((fun / theirs / "config.json").read_text(encoding="utf-8"))
-        _json(fun / theirs / "config.json", {**config, "_class_name": "Wan2_2Transformer3DModel"})
+    for expert in ("high_noise_model", "low_noise_model"):
+        config = json.loads((fun / expert / "config.json").read_text(encoding="utf-8"))
+        _json(fun / expert / "config.json", {**config, "_class_name": "Wan2_2Transformer3DModel"})
     (root / "models/Personalized_Model").mkdir()
     for seed, expert in enumerate(("high", "low")):
-        _reward_lora(fun / "transformer" / "config.json", root / _REWARD.format(expert=expert), seed)
+        _reward_lora(fun / "low_noise_model" / "config.json", root / _REWARD.format(expert=expert), seed)
     folder = _clips(root / "datasets" / "internal_datasets")
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()]
     (folder / "data.jsonl").unlink()
-    _json(folder / "json_of_internal_datasets.json",
+    _json(folder / "metadata.json",
           [{"file_path": row["path"], "text": row["cap"], "type": "video"} for row in rows])
     _fun_training(root)
 
@@ -277,7 +276,7 @@ def _fun_training(root: Path) -> None:
     """``wan/``: this package's I2V files with VideoX-Fun's paths in them and random masks as conditioning."""
     wan, height, width = root / "wan", *SIZE
     wan.mkdir()
-    config = json.loads((root / _FUN / "transformer" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((root / _FUN / "low_noise_model" / "config.json").read_text(encoding="utf-8"))
     predictor = {**_sizes(WanConfig.from_original(config)), "model_type": "wan2.2-i2v"}
     for expert in ("high", "low"):
         _json(wan / f"model_{expert}.json", {
@@ -286,7 +285,7 @@ def _fun_training(root: Path) -> None:
                    "i2v_processor": {"conditioning": {"mode": "masks"}}},
             "text_encoder": {"from_pretrained": f"./{_FUN}/models_t5_umt5-xxl-enc-bf16.pth"}})
     _json(wan / "data.json", {"dataset_param": {
-        "basic_parameters": {"data_path": "./datasets/internal_datasets/json_of_internal_datasets.json",
+        "basic_parameters": {"data_path": "./datasets/internal_datasets/metadata.json",
                              "data_folder": "./datasets/internal_datasets"},
         "preprocess_parameters": {"num_frames": NUM_FRAMES, "max_height": height, "max_width": width, "cfg": 0.1},
         "tokenizer_config": {"from_pretrained": f"./{_FUN}/google/umt5-xxl"}}})

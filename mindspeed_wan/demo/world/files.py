@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mindspeed_wan.demo.model_folder import write_model_folder
+from mindspeed_wan.demo.model_folder import FolderTask, write_model_folder
 from mindspeed_wan.demo.model_json import write_model_json
 from mindspeed_wan.demo.world import scenes
 from mindspeed_wan.demo.world.job import EXPERTS, TASKS, World
@@ -24,11 +24,16 @@ NEW_CLIPS = 12
 
 def write_models(world: World) -> None:
     """Write the T2V and I2V folders: frozen UMT5, the shipped VAE, experts still to be trained."""
-    captions = [scene.caption for scene in scenes.combinations((*scenes.COLOURS, scenes.NEW_COLOUR))]
     for task in TASKS:
-        folder = write_model_folder(world.model(task), task=task, seed=world.seed, captions=captions, **SIZES)
-        shutil.rmtree(folder / "vae")
-        shutil.copytree(ASSET, folder / "vae")
+        write_model(world.model(task), task=task, seed=world.seed)
+
+
+def write_model(folder: Path, *, task: FolderTask = "t2v", seed: int = 0) -> None:
+    """Write one Diffusers folder in the world's sizes, with its VAE."""
+    captions = [scene.caption for scene in scenes.combinations((*scenes.COLOURS, scenes.NEW_COLOUR))]
+    write_model_folder(folder, task=task, seed=seed, captions=captions, trainable=True, **SIZES)
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(ASSET, folder / "vae")
 
 
 def write_clips(world: World) -> dict[str, Any]:
@@ -48,16 +53,22 @@ def write_run_files(world: World) -> None:
         for expert in EXPERTS:
             write_model_json(folder / f"model_{expert}.json", world.repository, world.model(task), task, expert,
                              cached=True)
-        settings = json.loads((world.data(data) / "data.json").read_text(encoding="utf-8"))
-        tokenizer = {"autotokenizer_name": "AutoTokenizer", "hub_backend": "hf",
-                     "from_pretrained": str(world.model(task) / "tokenizer"), "model_max_length": 512}
-        settings["dataset_param"]["tokenizer_config"] = tokenizer
-        _write(folder / "clips.json", settings)
-        parameters = settings["dataset_param"]
-        parameters["dataset_type"] = "feature"
-        parameters["basic_parameters"].update(data_path=str(world.cache(name)), data_folder="")
-        parameters["preprocess_parameters"]["cfg"] = CAPTION_DROPOUT
-        _write(folder / "data.json", settings)
+        write_data_json(folder, world.data(data), world.model(task), world.cache(name))
+
+
+def write_data_json(folder: Path, data: Path, model: Path, cache: Path) -> None:
+    """Write ``clips.json`` (the clips, to encode) and ``data.json`` (their features, to train on)."""
+    settings = json.loads((data / "data.json").read_text(encoding="utf-8"))
+    parameters = settings["dataset_param"]
+    parameters["tokenizer_config"] = {
+        "autotokenizer_name": "AutoTokenizer", "hub_backend": "hf", "from_pretrained": str(model / "tokenizer"),
+        "model_max_length": 512,
+    }
+    _write(folder / "clips.json", settings)
+    parameters["dataset_type"] = "feature"
+    parameters["basic_parameters"].update(data_path=str(cache), data_folder="")
+    parameters["preprocess_parameters"]["cfg"] = CAPTION_DROPOUT
+    _write(folder / "data.json", settings)
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
