@@ -28,6 +28,7 @@ JOBS: dict[str, list[str]] = {
     "LoRA merge, 4 of 40 blocks": ["lora_merge.py", "--layers", "4"],
     "Ulysses, exchange beside attention": ["ulysses_overlap.py"],
     "memory plan against measured peaks": ["plan_accuracy.py"],
+    "PipeFusion against the exact video": ["pipefusion.py", "--out", "benchmarks/results/pipefusion.json"],
     "weights in 8 bits beside torchao": ["quantization.py"],
 }
 _LONG_TEXT = 200
