@@ -31,7 +31,7 @@ CONFIG_FILE = "config.json"
 _REMEMBERED = (
     "--seed", "--eval-iters", "--micro-batch-size", "--expert", "--boundary",
     "--timestep-weighting", "--timestep-density", "--timestep-grid",
-    "--lora-r", "--lora-alpha", "--lora-rslora", "--load-base-model",
+    "--lora-r", "--lora-alpha", "--lora-rslora", "--load-base-model", "--base-dtype",
 )  # fmt: skip
 """Flags that are taken over as they are. Files, precision and lists are translated one by one."""
 
@@ -84,6 +84,8 @@ def _lora_words(config: RunConfig) -> list[str]:
     words = ["--lora-target-modules", *lora.target_modules]
     if lora.rank_pattern:
         words += ["--lora-rank-pattern", *(f"{module}={rank}" for module, rank in lora.rank_pattern.items())]
+    if lora.base_keep:
+        words += ["--base-keep", *lora.base_keep]
     if checkpoint.load_base_model is None and checkpoint.load is not None:
         words += ["--load-base-model", checkpoint.load]
     return words

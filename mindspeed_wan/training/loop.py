@@ -48,7 +48,7 @@ class Run:
     saver: Saver | None = None
     writer: MetricsWriter | None = None
     evaluate: Callable[[], ValidationLoss] | None = None
-    show: Callable[[int], None] | None = None
+    show: Callable[[int, Callable[[], bool]], None] | None = None
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -71,7 +71,8 @@ def train(run: Run, stop: StopRequest) -> None:
         if run.saver is not None and (last or stopping or _due(run.config.checkpoint.save_interval, run)):
             run.saver.save(run.progress, wait=last or stopping)
         if run.show is not None and not stopping and _due(run.config.validation.video_interval, run):
-            run.show(run.progress.iteration)  # after the save, which a stop or a failure here must not lose
+            # After the save, which a stop or a failure here must not lose.
+            run.show(run.progress.iteration, lambda: stop.wanted)
         if stopping and not last:
             raise _stopped(run, stop)
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from mindspeed_wan.checkpoint.sources import check_expert, check_names_and_shapes, find, open_weights
@@ -20,9 +19,9 @@ from mindspeed_wan.checkpoint.weights import checked, load_model_weights
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.lora.apply import is_factor, split_views
 from mindspeed_wan.lora.layers import LORA_B
+from mindspeed_wan.models.quantization import weight_views
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.param_map import parameter_table
-from mindspeed_wan.models.wan.views import global_views
 from mindspeed_wan.parallel.agreement import first_decides
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.training.optimizer import local
@@ -67,9 +66,9 @@ class OtherExpert:
         reshard(self._model)
         kept = {name: local(p.detach()).to("cpu", copy=True) for name, p in self._model.named_parameters()}
         try:
-            base, factors = split_views(global_views(self._model, self._groups))
+            base, _ = split_views(weight_views(self._model, self._groups))
             load_model_weights(self._path, base, self._model.config, expert=self.name)
-            _switch_off(factors)
+            _switch_off(self._model)
             yield
         finally:
             reshard(self._model)
@@ -86,7 +85,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _switch_off(views: dict[str, Tensor]) -> None:
-    for name, view in views.items():
+def _switch_off(model: WanDiT) -> None:
+    for name, parameter in model.named_parameters():
         if is_factor(name) and f".{LORA_B}." in name:
-            local(view).zero_()
+            local(parameter.detach()).zero_()

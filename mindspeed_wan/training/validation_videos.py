@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_wan.checkpoint.manifest import write_text_atomic
@@ -53,6 +55,10 @@ LIST_FILE = "videos.json"
 """In each iteration's folder: prompt, file and settings of every video."""
 STREAM = "validation.video"
 SOLVER: SolverName = "unipc"
+
+
+class _Abandoned(Exception):
+    """Somebody was asked to stop while videos were sampled; raised on all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +115,20 @@ class ValidationVideos:
             self._other = OtherExpert(config, given.other_expert, model, groups)
         self._told: list[Told] | None = None
 
-    def __call__(self, iteration: int) -> None:
-        """Write ``<save>/validation/iter_NNNNNNN/000.mp4`` ... for the weights as they are."""
+    def __call__(self, iteration: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Write ``<save>/validation/iter_NNNNNNN/000.mp4`` ... for the weights as they are.
+
+        ``stop`` says that this rank was asked to stop; when any rank was, the videos are given up at the next step.
+        """
         started = time.perf_counter()
         folder = Path(str(self._config.checkpoint.save)) / FOLDER / f"iter_{iteration:07d}"
         # Our own noise is counter-based; what a library draws while it loads must not move the run's generator.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             try:
-                latents = self._sample(iteration)
+                latents = self._sample(iteration, stop)
+            except _Abandoned:
+                _say(f"no validation videos at iteration {iteration}: the run is to stop")
+                return
             except CheckpointError as error:  # the trained weights are back; a preview must not end the run
                 _say(f"warning: no validation videos at iteration {iteration}: {error}")
                 return
@@ -126,33 +138,42 @@ class ValidationVideos:
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
-    def _mine(self) -> list[int]:
-        """Return this data rank's prompts. All ranks have equally many: FSDP2 gathers for all of them together."""
-        data, count = self._groups.dims.data, len(self._prompts)
-        return [min(turn * data + self._groups.dp_rank, count - 1) for turn in range(-(-count // data))]
-
-    def _sample(self, iteration: int) -> dict[int, Tensor]:
+    def _sample(self, iteration: int, stop: Callable[[], bool]) -> dict[int, Tensor]:
         """Return the final latents [1, 16, f, h, w] of this data rank's prompts, by number."""
         if self._told is None:
             self._told = all_or_none(lambda: encode_images(self._config, self._prompts, self._platform.device()))
         data, device = self._config.data, self._platform.device()
+        mine = prompts_of(len(self._prompts), self._groups.dims.data, self._groups.dp_rank)
         shape = (1, self._config.model.wan.out_channels,
                  *latent_shape(data.num_frames, data.max_height, data.max_width))
         states = {number: SolverState(0, randomness.normal(shape, seed=self._config.training.seed, sample_index=number,
-                                                           stream=STREAM).to(device)) for number in self._mine()}
+                                                           stream=STREAM).to(device)) for number in mine}
         high_steps, num_steps = self._settings.high_steps, self._settings.schedule.num_steps
+        go_on = partial(self._go_on, iteration, stop)
         self._model.eval()
-        for expert, steps in (("high", range(high_steps)), ("low", range(high_steps, num_steps))):
-            if len(steps):
+        try:
+            for expert, steps in (("high", range(high_steps)), ("low", range(high_steps, num_steps))):
+                if not len(steps):
+                    continue
                 other = self._other if self._other is not None and self._other.name == expert else None
                 with other.visiting() if other is not None else nullcontext():
                     for number, state in states.items():
-                        states[number] = self._advance(number, state, steps, expert, iteration)
-        reshard(self._model)
-        self._model.train()
+                        states[number] = self._advance(number, state, steps, expert, go_on)
+        finally:
+            reshard(self._model)
+            self._model.train()
         return {number: state.sample for number, state in states.items()}
 
-    def _advance(self, number: int, state: SolverState, steps: Sequence[int], expert: str, iteration: int
+    def _go_on(self, iteration: int, stop: Callable[[], bool]) -> None:
+        """Tell the launcher that this rank is alive; give up on every rank when one was asked to stop. Collective."""
+        beat(iteration)
+        wanted = torch.tensor([float(stop())], device=self._platform.device())
+        if self._groups.dims.world_size > 1:
+            dist.all_reduce(wanted)
+        if wanted.item():
+            raise _Abandoned
+
+    def _advance(self, number: int, state: SolverState, steps: Sequence[int], expert: str, go_on: Callable[[], None]
                  ) -> SolverState:
         """Take one prompt through the steps of one expert."""
         schedule, solver = self._settings.schedule, make_solver(SOLVER)
@@ -164,7 +185,7 @@ class ValidationVideos:
             if guidance.needs_uncond(scale):
                 uncond = self._velocity(number, self._negative, state.sample, timestep)
             state = solver.advance(schedule, state, guidance.combine(cond, uncond, scale))
-            beat(iteration)
+            go_on()
         return state
 
     def _velocity(self, number: int, text: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
@@ -184,8 +205,8 @@ class ValidationVideos:
         folder.mkdir(parents=True, exist_ok=True)
         vae = open_vae(self._config, self._platform.device())
         for number, latent in latents.items():
-            if number % self._groups.dims.data != self._groups.dp_rank:
-                continue  # a prompt of another data rank that only kept this one in step
+            if not writes(number, self._groups.dims.data, self._groups.dp_rank):
+                continue
             if not bool(latent.isfinite().all()):
                 print(f" warning: validation video {number} is not finite and is left out", flush=True)
                 continue
@@ -197,6 +218,20 @@ class ValidationVideos:
             told = {"expert": self._trained, "other_expert": self._config.validation.other_expert,
                     "seed": self._config.training.seed, **self._settings.told, "videos": videos}
             write_text_atomic(folder / LIST_FILE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+def prompts_of(count: int, ranks: int, rank: int) -> list[int]:
+    """Return the prompts that a data rank samples: every ``ranks``-th.
+
+    All ranks have equally many, because FSDP2 gathers for all of them together; a rank with one too few samples the
+    last prompt, which another one writes.
+    """
+    return [min(turn * ranks + rank, count - 1) for turn in range(-(-count // ranks))]
+
+
+def writes(number: int, ranks: int, rank: int) -> bool:
+    """Tell whether a prompt is this data rank's own."""
+    return number % ranks == rank
 
 
 def _say(text: str) -> None:

@@ -67,6 +67,7 @@ def test_clips_set_aside_and_the_same_number_alone(world: World, tmp_path: Path)
         assert found["expert"] == "high"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_on_its_base(world: World, tmp_path: Path) -> None:
     save = tmp_path / "run"
     lora = ("--lora-r", "4", "--lora-target-modules", "proj_q", "ffn.0", "--lora-rank-pattern", "ffn.0=2")
@@ -115,6 +116,7 @@ def test_videos_disturb_nothing_and_both_experts_make_them(world: World, tmp_pat
     assert frames(shown / "iter_0000004" / "002.mp4").shape == (5, 32, 48, 3)
 
 
+@pytest.mark.slow
 def test_every_layout_shows_the_same_video(world: World, tmp_path: Path) -> None:
     flags = ("--lr", "0", "--min-lr", "0", *videos(world, "--validation-guidance", "1", interval=1))
     run_ranks(train_rank, 1, world.flags(tmp_path / "one", *flags, iters=1), init=False)
@@ -134,3 +136,48 @@ def test_the_other_expert_leaves_no_trace_in_an_adapter_run(world: World, tmp_pa
     shown = videos(world, "--validation-other-expert", str(world.model / "transformer"), interval=1)
     run_ranks(train_rank, 2, world.flags(tmp_path / "shown", *lora, *shown, expert="low", iters=3))
     assert losses(tmp_path / "shown") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["i2v", "wan2.1-i2v"])
+def test_image_to_video_begins_with_the_image(task: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    world = make_world(tmp_path / "world", task=task, num_frames=5, size=(32, 48))
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(world.files / "start.png")
+    prompts = world.files / "prompts.txt"
+    prompts.write_text('{"prompt": "a boat", "image": "start.png"}\n')
+    other = () if task != "i2v" else ("--validation-other-expert", str(world.model / "transformer_2"))
+    flags = world.flags(tmp_path / "run", "--validation-prompts", str(prompts), "--validation-video-interval", "1",
+                        "--validation-steps", "4", *other, iters=1)
+    run_ranks(train_rank, 1, flags, init=False)
+    assert frames(tmp_path / "run" / "validation" / "iter_0000001" / "000.mp4").shape == (5, 32, 48, 3)
+
+
+def abandon(rank: int, world_size: int, argv: list[str]) -> bool:
+    """Sample with a stop request on the last rank only; returns whether the weights are what they were."""
+    import torch
+
+    from mindspeed_wan.parallel.groups import init_distributed
+    from mindspeed_wan.platforms import get_platform, reset_platform
+    from mindspeed_wan.training.optimizer import local
+    from mindspeed_wan.training.setup import prepare
+
+    reset_platform()
+    platform, config = get_platform("cpu"), parse(argv)
+    platform.activate()
+    init_distributed(platform, 1)
+    run = prepare(config, platform)
+    before = [local(p.detach()).clone() for p in run.step.model.parameters()]
+    calls = iter(range(100))
+    assert run.show is not None
+    run.show(7, lambda: rank == world_size - 1 and next(calls) >= 2)
+    assert run.step.model.training
+    return all(torch.equal(a, local(p.detach())) for a, p in zip(before, run.step.model.parameters()))
+
+
+def test_a_stop_request_ends_sampling_on_all_ranks(world: World, tmp_path: Path) -> None:
+    other = ("--validation-other-expert", str(world.model / "transformer"))  # visits in the steps that are cut short
+    argv = world.flags(tmp_path, "--use-torch-fsdp2", *videos(world, *other), expert="low")
+    assert run_ranks(abandon, 2, argv) == [True, True]
+    assert not (tmp_path / "validation").exists()
