@@ -21,7 +21,8 @@ READERS: dict[str, Callable[[Path, str | None, WanConfig | None], Weights]] = {
     "hf": hf.read, "original": original.read, "mm": mm.read, "dcp": dcp.read}
 _FOLDER_EXPERT = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
 _VIDEOX_CLASS = "Wan2_2Transformer3DModel"
-"""``_class_name`` of VideoX-Fun's A14B folders: original names, and ``transformer/`` is the LOW expert."""
+"""``_class_name`` of VideoX-Fun's A14B weights: original names; in its pipelines ``transformer/`` is the LOW expert."""
+_VIDEOX_EXPERT = {"transformer": "low", "transformer_2": "high"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _experts_below(path: Path) -> Source | None:
             # Wan2.1 has one DiT in transformer/; a Wan2.2 folder with one expert names it by the folder.
             expert = _FOLDER_EXPERT[name] if name != "transformer" or _is_two_expert_model(path) else None
             return Source(path, str(kinds[name]), {expert: folder})
-        if _class_name(folders[high]) == _VIDEOX_CLASS:
+        if high in _VIDEOX_EXPERT and _class_name(folders[high]) == _VIDEOX_CLASS:
             high, low = low, high
         return Source(path, str(kinds[high]), {"high": folders[high], "low": folders[low]})
     return None
@@ -117,8 +118,8 @@ def _own_expert(path: Path) -> str | None:
     name = path.resolve().name
     if name == "transformer" and not (path.resolve().parent / "transformer_2").is_dir():
         return None  # Wan2.1, or a lone folder: the name says nothing
-    if _class_name(path) == _VIDEOX_CLASS:
-        return {"transformer": "low", "transformer_2": "high"}.get(name)
+    if name in _VIDEOX_EXPERT and _class_name(path) == _VIDEOX_CLASS:
+        return _VIDEOX_EXPERT[name]
     return _FOLDER_EXPERT.get(name)
 
 

@@ -37,7 +37,7 @@ EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_mod
 """Folder names that say which expert they hold (Wan2.2 in the Diffusers and in the original layout)."""
 _VIDEOX_CLASS = "Wan2_2Transformer3DModel"
 _VIDEOX_FOLDERS = {"transformer": "low", "transformer_2": "high"}
-"""VideoX-Fun's A14B folders, known by ``_class_name`` in their ``config.json``, are the other way round."""
+"""VideoX-Fun's A14B pipelines, known by ``_class_name`` in a ``config.json``, are the other way round."""
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -69,7 +69,7 @@ class Found:
     @property
     def expert(self) -> str | None:
         """The expert this holds, as its card or its folder name says; ``None`` when neither does."""
-        folders = _VIDEOX_FOLDERS if _is_videox(self.path) else EXPERT_FOLDERS
+        folders = {**EXPERT_FOLDERS, **_VIDEOX_FOLDERS} if _is_videox(self.path) else EXPERT_FOLDERS
         return self.card.get("expert") or folders.get(self.path.name)
 
 

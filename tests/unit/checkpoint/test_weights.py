@@ -186,7 +186,7 @@ def test_missing_ranks_are_refused(tmp_path: Path, expert: tuple[Path, WanConfig
 
 
 def test_videox_folders_hold_the_other_expert(tmp_path: Path) -> None:
-    for name, expert in (("transformer", "low"), ("transformer_2", "high")):
+    for name, expert in (("transformer", "low"), ("transformer_2", "high"), ("high_noise_model", "high")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text('{"_class_name": "Wan2_2Transformer3DModel"}')
