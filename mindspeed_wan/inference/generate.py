@@ -22,6 +22,10 @@ from mindspeed_wan.inference.options import GenerateOptions, VideoJob, settings_
 if TYPE_CHECKING:
     from mindspeed_wan.inference.pipeline import GeneratedVideo, WanGenerator
 
+_SMALLER = ("--memory sequential or block, --quantize, more ranks (--ulysses_size, --dit_fsdp, --vae_parallel), or "
+            "fewer frames; mindspeed-wan plan --infer shows what a layout needs")
+_AGAIN = "run the same command again: finished videos are kept"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate what the command line asks for; returns the exit code.
@@ -37,17 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # From here on torch is needed; everything a typo can break has been checked.
     from mindspeed_wan.inference.pipeline import WanGenerator
     from mindspeed_wan.parallel.agreement import barrier
+    from mindspeed_wan.parallel.failures import explained
     from mindspeed_wan.parallel.groups import destroy
 
-    generator = WanGenerator.from_options(options, whole_list=True)
-    try:
+    with explained(smaller=_SMALLER, again=_AGAIN):
+        generator = WanGenerator.from_options(options, whole_list=True)
         _run(generator)
         barrier()
         if generator.runtime.rank == 0:
             _write_gallery(generator)
-    finally:
-        if sys.exc_info()[0] is None:  # after an error the other ranks may not come to the meeting
-            destroy()
+    destroy()  # not after an error: the other ranks may not come to the meeting
     return EXIT_OK
 
 

@@ -20,11 +20,18 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_SMALLER = ("shard more (FSDP2, TP, CP), recompute more blocks, lower MBS, or offload_to_cpu in the FSDP2 file; "
+            "mindspeed-wan plan shows what a layout needs")
+_AGAIN = "run the same command again to go on from the last save"
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(*, smaller: str = _SMALLER, again: str = _AGAIN) -> Iterator[None]:
     """Run the work of a rank, and raise ``ParallelError`` for a lost peer, ``ResourceError`` for lack of memory.
+
+    Args:
+        smaller: what to do about lack of memory.
+        again: what to do about a lost peer.
 
     The stack of the failing call goes to stderr: it says what this rank was doing when it noticed. The launcher adds
     the stacks of the ranks that still run, and names the one that fell silent. Other errors pass unchanged.
@@ -34,27 +41,22 @@ def explained() -> Iterator[None]:
     except WanError:
         raise
     except (RuntimeError, MemoryError) as error:
-        explanation = _explain(error)
+        explanation = _explain(error, smaller, again)
         if explanation is None:
             raise
         print(f"[rank {_rank()}] stopped here:", *traceback.format_tb(error.__traceback__), sep="\n", file=sys.stderr)
         raise explanation from error
 
 
-def _explain(error: BaseException) -> WanError | None:
+def _explain(error: BaseException, smaller: str, again: str) -> WanError | None:
     message = str(error) or type(error).__name__
     first_line = message.splitlines()[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(message):
-        return ResourceError(
-            f"out of memory: {first_line}",
-            fix="shard more (FSDP2, TP, CP), recompute more blocks, lower MBS, or offload_to_cpu in the FSDP2 file; "
-            "mindspeed-wan plan shows what a layout needs",
-        )
+        return ResourceError(f"out of memory: {first_line}", fix=smaller)
     if dist.is_initialized() and (isinstance(error, dist.DistError) or _LOST.search(message)):
         return ParallelError(
             f"waited in vain for another rank: {_without_source(first_line)}",
-            fix="run the same command again to go on from the last save; if a rank is slow rather than lost, raise "
-            "--distributed-timeout-minutes",
+            fix=f"{again}; if a rank is slow rather than lost, raise --distributed-timeout-minutes",
         )
     return None
 
