@@ -1,23 +1,24 @@
-"""DiT forward and forward+backward against diffusers: same weights, same machine, same run, and the matmul limit.
+"""DiT forward and forward+backward against diffusers: same weights, same machine, same run, and the machine's limits.
 
     python benchmarks/dit_step.py                      # CPU: width of Wan 1.3B, 2 blocks, 4,680 tokens
     python benchmarks/dit_step.py --preset A14B        # default on a GPU: 40 blocks, 480x832x81, bf16
+    python benchmarks/dit_step.py --frames 93 --recompute --offload --lora 32    # a LoRA step at 37,440 tokens
 
 Each case runs ours and diffusers' in turn, so that other load on the machine hits both. On a CPU the clock is the
 process's CPU time summed over its threads, which other processes disturb least; elsewhere it is wall time.
-``share_of_gemm`` is the FLOP/s of the whole step over that of one large matrix product measured in the same run.
+
+``tflops`` and ``mfu`` count the work that training is defined by (3 forwards; 2 under LoRA, whose base has no weight
+gradients); ``hfu`` also counts what recomputation runs again. Both are shares of the data sheet's peak and absent where
+there is none (CPU). ``share_of_gemm`` is the same work over one large matrix product measured in the same run, and
+``executed_share_of_gemm`` the executed work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform as host
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measuring import Clock, alternate, copy_rate, gemm_flops, machine, peak_gib, relative_difference
+from mindspeed_wan.lora.apply import add_adapter, init_adapter
+from mindspeed_wan.lora.spec import LoraSpec
 from mindspeed_wan.models.wan.config import PRESETS, WanConfig
 from mindspeed_wan.models.wan.flops import forward_flops, latent_shape, training_flops
 from mindspeed_wan.models.wan.model import TextContext, WanDiT
@@ -36,6 +42,8 @@ from mindspeed_wan.platforms.base import Platform
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SMALL = WanConfig(num_layers=2, dim=1536, ffn_dim=8960, num_heads=12)
+PEER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+"""Diffusers' names of our default LoRA targets."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,26 @@ class Row:
     ours_seconds: float
     diffusers_seconds: float
     ratio: float
-    ours_tflops: float
-    gemm_tflops: float
+    tokens_per_second: float
+    tflops: float
+    mfu: float | None
+    hfu: float | None
     share_of_gemm: float
+    executed_share_of_gemm: float
+    ours_peak_gib: float | None
+    diffusers_peak_gib: float | None
     relative_difference: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """What ours and diffusers' run, and the FLOP of one call: useful, and executed by ours."""
+
+    name: str
+    ours: Callable[[], Tensor]
+    peer: Callable[[], Tensor]
+    useful: float
+    executed: float
 
 
 @dataclass
@@ -64,7 +88,7 @@ class Inputs:
 
 
 def main() -> int:
-    """Measure and write ``benchmarks/results/dit_step_<device>.json``."""
+    """Measure and write ``benchmarks/results/dit_step_<device>.json``; options that change the step are in its name."""
     options = _parse()
     platform = get_platform(options.device).activate()
     preset = options.preset or ("small" if platform.name == "cpu" else "A14B")
@@ -85,10 +109,12 @@ def main() -> int:
         "tokens": config.num_tokens(latent),
         "repeats": options.repeats,
         "clock": Clock(platform).name,
+        "limits": limits(config, latent, platform, [row.dtype for row in rows]),
         "note": options.note,
         "rows": [asdict(row) for row in rows],
     }
-    path = Path(options.out or RESULTS / f"dit_step_{platform.name}.json")
+    variant = "".join(f"_{name}" for name in ("recompute", "offload", "lora") if getattr(options, name))
+    path = Path(options.out or RESULTS / f"dit_step_{platform.name}{variant}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}")
@@ -107,10 +133,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="measure compiled blocks as well, on both sides")
     parser.add_argument("--no-backward", action="store_true", help="forward only")
-    parser.add_argument("--recompute", action="store_true", help="forward+backward with activation recomputation")
+    parser.add_argument("--recompute", action="store_true", help="forward+backward with recomputation, on both sides")
+    parser.add_argument("--offload", action="store_true", help="ours keeps the recomputed blocks' inputs on the host")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters only (diffusers: PEFT's)")
     parser.add_argument("--note", default="", help="kept in the result file")
     parser.add_argument("--out", help="result file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.recompute = options.recompute or options.offload
+    return options
 
 
 def measure(
@@ -120,25 +150,46 @@ def measure(
     ours, reference = model_pair(config, DTYPES[dtype], platform)
     inputs = sample(config, latent, DTYPES[dtype], platform)
     gemm = gemm_flops(config, config.num_tokens(latent), DTYPES[dtype], platform)
+    peak = platform.peak_flops(DTYPES[dtype])
+    if options.lora:
+        _add_adapters(ours, reference, options.lora)
+    if options.recompute:
+        apply_recompute(ours, RecomputePlan(offload=options.offload))
+        reference.enable_gradient_checkpointing()
+        reference.train()
     rows = []
     for compiled in (False, True) if options.compile else (False,):
         if compiled:
             for block in (*ours.blocks, *reference.blocks):
                 block.forward = torch.compile(block.forward)
-        cases = forward_cases(ours, reference, inputs)
+        cases = forward_cases(ours, reference, inputs, forward_flops(config, latent).total)
         if not options.no_backward:
-            cases.append(backward_case(ours, reference, inputs, recompute=options.recompute and not compiled))
-        for case, (run_ours, run_reference, is_training) in cases:
-            difference = relative_difference(run_ours(), run_reference())
-            seconds = alternate(run_ours, run_reference, options.repeats, Clock(platform))
-            flops = training_flops(config, latent) if is_training else forward_flops(config, latent).total
+            cases.append(backward_case(ours, reference, inputs, config, latent, options))
+        for case in cases:
+            difference = relative_difference(case.ours(), case.peer())
+            mine, theirs = alternate(case.ours, case.peer, options.repeats, Clock(platform))
             rows.append(Row(
-                case=case, dtype=dtype, compiled=compiled, ours_seconds=seconds[0], diffusers_seconds=seconds[1],
-                ratio=seconds[1] / seconds[0], ours_tflops=flops / seconds[0] / 1e12, gemm_tflops=gemm / 1e12,
-                share_of_gemm=flops / seconds[0] / gemm, relative_difference=difference,
+                case=case.name, dtype=dtype, compiled=compiled, ours_seconds=mine, diffusers_seconds=theirs,
+                ratio=theirs / mine, tokens_per_second=config.num_tokens(latent) / mine,
+                tflops=case.useful / mine / 1e12, mfu=peak and case.useful / mine / peak,
+                hfu=peak and case.executed / mine / peak, share_of_gemm=case.useful / mine / gemm,
+                executed_share_of_gemm=case.executed / mine / gemm, ours_peak_gib=peak_gib(case.ours, platform),
+                diffusers_peak_gib=peak_gib(case.peer, platform), relative_difference=difference,
             ))
             print_row(rows[-1])
     return rows
+
+
+def limits(
+    config: WanConfig, latent: tuple[int, int, int], platform: Platform, dtypes: list[str]
+) -> dict[str, object]:
+    """Return what this machine can do at best, measured now: matrix products by dtype and copies in memory."""
+    tokens = config.num_tokens(latent)
+    found: dict[str, object] = {
+        f"gemm_tflops_{name}": gemm_flops(config, tokens, DTYPES[name], platform) / 1e12
+        for name in dict.fromkeys(dtypes)
+    }
+    return {**found, "copy_gb_per_second": copy_rate(platform) / 1e9}
 
 
 def model_pair(config: WanConfig, dtype: torch.dtype, platform: Platform) -> tuple[WanDiT, nn.Module]:
@@ -159,6 +210,16 @@ def model_pair(config: WanConfig, dtype: torch.dtype, platform: Platform) -> tup
     return ours, reference
 
 
+def _add_adapters(ours: WanDiT, reference: nn.Module, rank: int) -> None:
+    """Put fresh adapters on both (B is zero: the outputs stay the same) and freeze the rest."""
+    from peft import LoraConfig
+
+    add_adapter(ours, LoraSpec(rank=rank, alpha=float(rank)), dtype=torch.float32)
+    init_adapter(ours, 0)
+    reference.requires_grad_(False)
+    reference.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=PEER_TARGETS))
+
+
 def sample(config: WanConfig, latent: tuple[int, int, int], dtype: torch.dtype, platform: Platform) -> Inputs:
     """Return random inputs of one sample."""
     generator = torch.Generator().manual_seed(1)
@@ -170,10 +231,7 @@ def sample(config: WanConfig, latent: tuple[int, int, int], dtype: torch.dtype, 
     )
 
 
-Case = tuple[str, tuple[Callable[[], Tensor], Callable[[], Tensor], bool]]
-
-
-def forward_cases(ours: WanDiT, reference: nn.Module, inputs: Inputs) -> list[Case]:
+def forward_cases(ours: WanDiT, reference: nn.Module, inputs: Inputs, flops: float) -> list[Case]:
     """Inference steps: as diffusers does them, and with the text's keys and values kept from step to step."""
     with torch.no_grad():
         context: TextContext = ours.encode_text(inputs.text)
@@ -190,15 +248,15 @@ def forward_cases(ours: WanDiT, reference: nn.Module, inputs: Inputs) -> list[Ca
     def cached() -> Tensor:
         return ours(inputs.latents, inputs.timestep, text_context=context)
 
-    return [("forward", (plain, theirs, False)), ("forward, text cached", (cached, theirs, False))]
+    return [Case("forward", plain, theirs, flops, flops),
+            Case("forward, text cached", cached, theirs, flops, flops)]
 
 
-def backward_case(ours: WanDiT, reference: nn.Module, inputs: Inputs, *, recompute: bool) -> Case:
+def backward_case(
+    ours: WanDiT, reference: nn.Module, inputs: Inputs, config: WanConfig, latent: tuple[int, int, int],
+    options: argparse.Namespace,
+) -> Case:  # fmt: skip
     """A training step without the optimizer."""
-    if recompute:
-        apply_recompute(ours, RecomputePlan())
-        reference.enable_gradient_checkpointing()
-        reference.train()
 
     def step(output: Tensor, model: nn.Module) -> Tensor:
         output.float().square().mean().backward()
@@ -213,69 +271,22 @@ def backward_case(ours: WanDiT, reference: nn.Module, inputs: Inputs, *, recompu
         output = reference(inputs.latents, inputs.timestep, inputs.text, return_dict=False)[0]
         return step(output, reference)
 
-    name = "forward+backward" + (", recompute" if recompute else "")
-    return name, (run_ours, run_reference, True)
-
-
-class Clock:
-    """CPU time of all threads on a CPU, wall time elsewhere."""
-
-    def __init__(self, platform: Platform) -> None:
-        self.platform = platform
-        self.name = "cpu time" if platform.name == "cpu" else "wall time"
-
-    def seconds(self, function: Callable[[], Tensor]) -> float:
-        """Return the time of one call, queued device work included."""
-        now = time.process_time if self.platform.name == "cpu" else time.perf_counter
-        self.platform.synchronize()
-        start = now()
-        function()
-        self.platform.synchronize()
-        return now() - start
-
-
-def alternate(
-    first: Callable[[], Tensor], second: Callable[[], Tensor], repeats: int, clock: Clock
-) -> tuple[float, float]:
-    """Return median seconds of two functions, run in turn (they have been warmed up)."""
-    times = [(clock.seconds(first), clock.seconds(second)) for _ in range(repeats)]
-    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
-
-
-def gemm_flops(config: WanConfig, tokens: int, dtype: torch.dtype, platform: Platform) -> float:
-    """Return the best FLOP/s of the model's largest matrix product: the limit of everything else."""
-    a = torch.randn(tokens, config.dim, device=platform.device()).to(dtype)
-    b = torch.randn(config.ffn_dim, config.dim, device=platform.device()).to(dtype)
-    clock = Clock(platform)
-    best = min(clock.seconds(lambda: nn.functional.linear(a, b)) for _ in range(8))
-    return 2.0 * tokens * config.dim * config.ffn_dim / best
-
-
-def relative_difference(ours: Tensor, reference: Tensor) -> float:
-    """Return the relative L2 distance of the outputs (rounding apart they are the same function)."""
-    return ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
-
-
-def machine(platform: Platform) -> dict[str, object]:
-    """Return what a reader needs to judge the numbers."""
-    import diffusers
-
-    return {
-        "device": platform.device_name(),
-        "platform": platform.name,
-        "threads": torch.get_num_threads(),
-        "load_average_at_end": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": host.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
+    name = "forward+backward"
+    for wanted, text in ((options.lora, f", LoRA {options.lora}"), (options.recompute, ", recompute"),
+                         (options.offload, " with inputs on the host")):
+        name += text if wanted else ""
+    passes = training_flops(config, latent)
+    useful = passes * (2 / 3 if options.lora else 1.0)
+    again = training_flops(config, latent, recompute=options.recompute) - passes
+    return Case(name, run_ours, run_reference, useful, useful + again)
 
 
 def print_row(r: Row) -> None:
     """Print a case as soon as it is measured."""
+    mfu = "" if r.mfu is None else f", MFU {r.mfu:.1%}, HFU {r.hfu:.1%}"
     print(f"{r.case:32} {r.dtype:5} {'compiled' if r.compiled else 'eager':8} ours {r.ours_seconds:8.3f} s,"
-          f" diffusers {r.diffusers_seconds:8.3f} s, ratio {r.ratio:5.2f}, {r.ours_tflops:8.3f} TFLOP/s,"
-          f" {r.share_of_gemm:6.1%} of GEMM", flush=True)
+          f" diffusers {r.diffusers_seconds:8.3f} s, ratio {r.ratio:5.2f}, {r.tokens_per_second:9.1f} tokens/s,"
+          f" {r.tflops:8.3f} TFLOP/s, {r.share_of_gemm:6.1%} of GEMM{mfu}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 JOBS: dict[str, list[str]] = {
-    "DiT step beside diffusers": ["dit_step.py"],
+    "DiT step beside diffusers": ["dit_step.py", "--compile"],
+    "DiT training step, recomputed, inputs on the host": ["dit_step.py", "--offload"],
+    "LoRA training step": ["dit_step.py", "--recompute", "--lora", "32"],
     "generation beside diffusers": ["generate.py"],
     "start-up": ["startup.py"],
     "data loading": ["data.py"],
@@ -61,12 +65,23 @@ def write_page() -> Path:
              "Written by `python benchmarks/run_all.py --table` from the JSON files in this folder; each names its"
              " command and machine. Ratios above 1 mean faster than the peer in the same run.", ""]
     for path in sorted(RESULTS.glob("*.json")):
-        parts += [f"## {path.stem}", "", *_section(json.loads(path.read_text(encoding="utf-8"))), ""]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## {path.stem}", "", *_picture(result, path), *_section(result), ""]
     page = RESULTS / "README.md"
     temporary = page.with_name(".README.md.tmp")
     temporary.write_text("\n".join(parts), encoding="utf-8")
     os.replace(temporary, page)
     return page
+
+
+def _picture(result: Any, path: Path) -> list[str]:
+    """Plot a DiT step's result beside its file; returns the line that shows it."""
+    if not isinstance(result, dict) or result.get("benchmark") != "dit_step":
+        return []
+    from benchmarks.plots import plot_steps
+
+    plot_steps(result, path.with_suffix(".png"))
+    return [f"![{path.stem}]({path.stem}.png)", ""]
 
 
 def _section(value: Any) -> list[str]:

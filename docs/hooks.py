@@ -28,6 +28,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def _tables(path: Path) -> str:
-    """Return a page without its title."""
-    _, _, body = path.read_text(encoding="utf-8").partition("\n")
-    return body
+    """Return a page without its title, and without its pictures, which lie beside it and not in the site."""
+    _, *lines = path.read_text(encoding="utf-8").split("\n")
+    return "\n".join(line for line in lines if not line.startswith("!["))
