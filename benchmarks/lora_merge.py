@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -59,9 +60,9 @@ def write_adapter(path: Path, config: WanConfig) -> int:
 
 
 def anonymous_mib() -> float:
-    """Return the anonymous resident memory of this process in MiB (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["RssAnon"].split()[0]) / 1024
+    """Return the anonymous resident memory of this process in MiB (Linux; the counters of ``status`` lag behind)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) / 1024
 
 
 def measure(layers: int, dtype: str, scratch: Path) -> dict[str, object]:
@@ -81,7 +82,10 @@ def measure(layers: int, dtype: str, scratch: Path) -> dict[str, object]:
         "adapter_mb": round(adapter_bytes / 1e6, 1), "written_gb": round(done.bytes_written / 1e9, 2),
         "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
         "gb_per_cpu_second": round(done.bytes_written / 1e9 / cpu, 3),
-        "peak_anonymous_mib": round(max(peak)), "threads": torch.get_num_threads(),
+        "peak_anonymous_mib": round(max(peak)),
+        # with the pages of the files that the kernel keeps mapped as long as nobody needs the memory
+        "peak_resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "threads": torch.get_num_threads(),
         "load_average": [round(x, 1) for x in os.getloadavg()], "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }

@@ -7,9 +7,12 @@ processor time instead of the 5 s of a fresh interpreter with torch.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -127,6 +130,14 @@ def _main(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path | 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     function(*arguments)
+
+
+def kept_folder(name: str) -> Path:
+    """Return a new folder that is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"faults-{name}-"))
+    owner = os.getpid()  # forked victims share the list of what to do at the end
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    return folder
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 120, alive: Victim | None = None) -> None:

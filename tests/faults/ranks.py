@@ -14,10 +14,9 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 from mindspeed_wan.checkpoint.manifest import TRACKER_NAME
-from tests.faults.harness import Tally
+from tests.faults.harness import Tally, kept_folder
 from tests.faults.runs import FSDP2, saved, steps
 from tests.faults.runs import world as online_world
 from tests.helpers.world import REPOSITORY, World, metrics, with_cached_features
@@ -50,8 +49,7 @@ run_main(lambda: main(sys.argv[1:]))
 @lru_cache(maxsize=1)
 def world() -> World:
     """Return the files of one tiny job that reads cached features."""
-    folder = Path(mkdtemp(prefix="faults-cached-"))
-    return with_cached_features(online_world(), folder)
+    return with_cached_features(online_world(), kept_folder("cached"))
 
 
 class Job:
@@ -112,7 +110,7 @@ def killed_ranks(tally: Tally, count: int, folder: Path) -> None:
         recovered: list[float] = []
         try:
             for kill in range(kills):
-                job.wait_for(7 * kill + rng.randrange(2, 7))
+                job.wait_for(7 * kill + rng.randrange(INTERVAL + 1, 7))  # something is saved by then
                 recovered.append(_kill_one_rank(job, rng, kill + 1))
             _finished(job, kills)
         except (AssertionError, OSError, subprocess.TimeoutExpired) as error:

@@ -9,13 +9,12 @@ import signal
 import time
 from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 
 from mindspeed_wan.checkpoint.manifest import TRACKER_NAME, verify_manifest
 from tests.faults import victims
-from tests.faults.harness import Tally, Victim, wait_until
+from tests.faults.harness import Tally, Victim, kept_folder, wait_until
 from tests.helpers.tiny import tiny_pipeline_folder
 from tests.helpers.world import World, checkpoint_tensors, make_world, metrics
 
@@ -25,7 +24,7 @@ FSDP2 = ["--use-torch-fsdp2"]
 @lru_cache(maxsize=1)
 def world() -> World:
     """Return the files of one tiny job; every case reads them."""
-    return make_world(Path(mkdtemp(prefix="faults-world-")), num_frames=5, size=(32, 48))
+    return make_world(kept_folder("world"), num_frames=5, size=(32, 48))
 
 
 def start(save: Path, *flags: str, ranks: int = 1, patch: str = "", **options: object) -> list[Victim]:
@@ -118,7 +117,7 @@ def bitwise_resume(tally: Tally, count: int, folder: Path) -> None:
 @lru_cache(maxsize=1)
 def _every_step() -> Path:
     """Return a run with a checkpoint at each of its 14 steps, to compare interrupted runs with."""
-    save = Path(mkdtemp(prefix="faults-straight-")) / "run"
+    save = kept_folder("straight") / "run"
     finish(start(save, "--save-interval", "1", iters=14))
     return save
 
