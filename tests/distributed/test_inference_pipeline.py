@@ -76,7 +76,7 @@ def test_patches_with_fresh_keys_and_values_are_exact(patches: int) -> None:
 
 def test_pipefusion_changes_the_video_less_with_more_warm_up() -> None:
     errors = []
-    for warmup in (1, 4):
+    for warmup in (1, 3):
         fusion = PipeFusionOptions(on=True, warmup=warmup)
         outcomes = run_ranks(_generate, 2, tiny_pipeline_folder(), {"layout": {"pipeline": 2}, "pipefusion": fusion})
         first, second = (outcome[PROMPTS[0]][0] for outcome in outcomes)
