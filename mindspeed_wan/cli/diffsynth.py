@@ -10,58 +10,20 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
 
-from mindspeed_wan.config.expert_range import ExpertRange, from_fractions
-from mindspeed_wan.errors import ConfigError, did_you_mean
+from mindspeed_wan.cli.import_job import STEPS, ImportParser, Job, processes, whole_frames
+from mindspeed_wan.config.expert_range import from_fractions
+from mindspeed_wan.errors import ConfigError
 
-SHIFT, STEPS = 5.0, 1000
+SHIFT = 5.0
 """DiffSynth trains every Wan model on 1000 indices at shift 5."""
 _DIFFSYNTH_MODELS = Path("models")
 _FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
 
 
-@dataclass
-class Job:
-    """One training run. ``size`` is (height, width), or ``None`` where ``max_pixels`` rules."""
-
-    task: str
-    expert: ExpertRange
-    weights: Path
-    vae: Path | None
-    text_encoder: Path | None
-    tokenizer: Path | None
-    data: Path
-    data_folder: Path
-    num_frames: int
-    size: tuple[int, int] | None
-    max_pixels: int
-    lora: dict[str, Any] | None
-    lora_checkpoint: Path | None
-    learning_rate: float
-    weight_decay: float
-    epochs: int
-    repeat: int
-    accumulation: int
-    save_steps: int | None
-    output: Path
-    processes: int | None
-    workers: int
-    warnings: list[str] = field(default_factory=list)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        word = next((w for w in message.split() if w.startswith("--")), "")
-        known = [option for action in self._actions for option in action.option_strings]
-        raise ConfigError(f"DiffSynth's command: {message}", fix=did_you_mean(word, known) or
-                          "give the words after train.py as DiffSynth's Wan examples write them")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="train.py", add_help=False, allow_abbrev=False)
+def _parser() -> ImportParser:
+    parser = ImportParser("DiffSynth")
     add = parser.add_argument
     for name in ("dataset_base_path", "dataset_metadata_path", "output_path"):
         add(f"--{name}", required=True)
@@ -108,14 +70,15 @@ def understand(words: Sequence[str]) -> Job:
         text_encoder=next((p for p in others if "t5" in p.name.lower()), None),
         tokenizer=Path(given.tokenizer_path) if given.tokenizer_path else _tokenizer(others),
         data=Path(given.dataset_metadata_path), data_folder=Path(given.dataset_base_path),
-        num_frames=_frames(given.num_frames, warnings), size=_size(given, warnings), max_pixels=given.max_pixels,
+        num_frames=whole_frames(given.num_frames, warnings), size=_size(given, warnings), max_pixels=given.max_pixels,
         lora=None if given.lora_base_model is None else {
             "r": given.lora_rank, "alpha": given.lora_rank, "targets": given.lora_target_modules},
         lora_checkpoint=Path(given.lora_checkpoint) if given.lora_checkpoint else None,
         learning_rate=given.learning_rate, weight_decay=given.weight_decay, epochs=given.num_epochs,
         repeat=given.dataset_repeat, accumulation=given.gradient_accumulation_steps, save_steps=given.save_steps,
-        output=Path(given.output_path), processes=_processes(before, warnings), workers=given.dataset_num_workers,
-        warnings=warnings,
+        output=Path(given.output_path), processes=processes(before, warnings), workers=given.dataset_num_workers,
+        diffusion={"shift": SHIFT, "weighting": "mm", "normalize_weighting": False, "grid": "index"},
+        lora_format="diffsynth", warnings=warnings,
     )
 
 
@@ -201,13 +164,6 @@ def _tokenizer(others: Sequence[Path]) -> Path | None:
     return None if t5 is None else t5.parent / "google" / "umt5-xxl"
 
 
-def _frames(frames: int, warnings: list[str]) -> int:
-    down = (frames - 1) // 4 * 4 + 1
-    if down != frames:
-        warnings.append(f"--num_frames {frames} is not 4k+1; {down} frames are trained")
-    return down
-
-
 def _size(given: argparse.Namespace, warnings: list[str]) -> tuple[int, int] | None:
     if given.height is None or given.width is None:
         return None
@@ -215,22 +171,3 @@ def _size(given: argparse.Namespace, warnings: list[str]) -> tuple[int, int] | N
     if size != (given.height, given.width):
         warnings.append(f"{given.height}x{given.width} is not a multiple of 16; {size[0]}x{size[1]} is trained")
     return size
-
-
-def _processes(before: Sequence[str], warnings: list[str]) -> int | None:
-    """Return accelerate's number of processes, from its flags or its configuration file."""
-    flags = dict(zip(before, [*before[1:], ""]))
-    if flags.get("--num_processes", "").isdigit():
-        return int(flags["--num_processes"])
-    file = flags.get("--config_file")
-    if file is None:
-        return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        return int(values["num_processes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        warnings.append(f"{file} does not say how many processes there are ({type(error).__name__}): set "
-                        "NPROC_PER_NODE")
-        return None

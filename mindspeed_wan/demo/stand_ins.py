@@ -249,7 +249,6 @@ def _videox_fun(root: Path) -> None:
     (folder / "data.jsonl").unlink()
     _json(folder / "metadata.json",
           [{"file_path": row["path"], "text": row["cap"], "type": "video"} for row in rows])
-    _fun_training(root)
 
 
 def _reward_lora(config_file: Path, path: Path, seed: int) -> None:
@@ -270,25 +269,6 @@ def _reward_lora(config_file: Path, path: Path, seed: int) -> None:
         tensors[f"{stem}.lora_up.weight"] = 0.05 * torch.randn(module.out_features, 4, generator=generator)
         tensors[f"{stem}.alpha"] = torch.tensor(2.0)
     save_file(tensors, path)
-
-
-def _fun_training(root: Path) -> None:
-    """``wan/``: this package's I2V files with VideoX-Fun's paths in them and random masks as conditioning."""
-    wan, height, width = root / "wan", *SIZE
-    wan.mkdir()
-    config = json.loads((root / _FUN / "low_noise_model" / "config.json").read_text(encoding="utf-8"))
-    predictor = {**_sizes(WanConfig.from_original(config)), "model_type": "wan2.2-i2v"}
-    for expert in ("high", "low"):
-        _json(wan / f"model_{expert}.json", {
-            "task": "i2v", "diffusion": {"shift": 5, "expert": expert, "boundary": 0.9}, "predictor": predictor,
-            "ae": {"from_pretrained": f"./{_FUN}/Wan2.1_VAE.pth",
-                   "i2v_processor": {"conditioning": {"mode": "masks"}}},
-            "text_encoder": {"from_pretrained": f"./{_FUN}/models_t5_umt5-xxl-enc-bf16.pth"}})
-    _json(wan / "data.json", {"dataset_param": {
-        "basic_parameters": {"data_path": "./datasets/internal_datasets/metadata.json",
-                             "data_folder": "./datasets/internal_datasets"},
-        "preprocess_parameters": {"num_frames": NUM_FRAMES, "max_height": height, "max_width": width, "cfg": 0.1},
-        "tokenizer_config": {"from_pretrained": f"./{_FUN}/google/umt5-xxl"}}})
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
@@ -314,13 +294,9 @@ def _first_frame(path: Path) -> None:
 def _predictor(folder: Path) -> dict[str, Any]:
     """Return MindSpeed-MM's ``predictor`` block for a Diffusers expert."""
     wan = WanConfig.from_diffusers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    return {"model_id": "wandit", "dtype": "bf16", **_sizes(wan)}
-
-
-def _sizes(wan: WanConfig) -> dict[str, Any]:
-    return {"patch_size": list(wan.patch_size), "text_len": wan.text_len, "in_dim": wan.in_channels,
-            "hidden_size": wan.dim, "ffn_dim": wan.ffn_dim, "freq_dim": wan.freq_dim, "text_dim": wan.text_dim,
-            "out_dim": wan.out_channels, "num_heads": wan.num_heads, "num_layers": wan.num_layers}
+    return {"model_id": "wandit", "dtype": "bf16", "patch_size": list(wan.patch_size), "text_len": wan.text_len,
+            "in_dim": wan.in_channels, "hidden_size": wan.dim, "ffn_dim": wan.ffn_dim, "freq_dim": wan.freq_dim,
+            "text_dim": wan.text_dim, "out_dim": wan.out_channels, "num_heads": wan.num_heads, "num_layers": wan.num_layers}
 
 
 def _json(path: Path, value: Any) -> None:
