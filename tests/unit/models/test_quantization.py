@@ -94,6 +94,36 @@ def test_backward_keeps_no_copy_of_the_weight():
     assert sum(t.numel() * t.element_size() for t in saved) == 48 * 64 + 4 * 48
 
 
+@pytest.mark.parametrize(("mode", "config"), [
+    ("fp8_weight_only", "Float8WeightOnlyConfig"), ("int8_weight_only", "Int8WeightOnlyConfig")])
+def test_error_is_that_of_torchao(mode, config):
+    torchao = pytest.importorskip("torchao.quantization")
+    generator = torch.Generator().manual_seed(2)
+    plain = nn.Sequential(nn.Linear(128, 96)).requires_grad_(False)
+    plain[0].weight.copy_(torch.randn(96, 128, generator=generator) * 0.05)
+    x = torch.randn(64, 128, generator=generator)
+    ours, theirs = copy.deepcopy(plain), copy.deepcopy(plain)
+    quantization.quantize_linears(ours, QuantizationSpec(mode))
+    torchao.quantize_(theirs, getattr(torchao, config)())
+    errors = [float((network(x) - plain(x)).norm() / plain(x).norm()) for network in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.15) and errors[0] > 1e-3
+
+
+@pytest.mark.parametrize("mode", WEIGHT_ONLY)
+def test_layer_is_one_graph_forwards_and_backwards(mode):
+    layer = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False)
+    quantization.quantize_linears(layer, QuantizationSpec(mode))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for network in (layer, compiled):
+        x = torch.linspace(-1, 1, 3 * 64).view(3, 64).requires_grad_(True)
+        network(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 def scaled_mm_runs() -> bool:
     one, a = torch.ones(()), torch.zeros(16, 16).to(quantization.FP8)
     try:
