@@ -2,8 +2,8 @@
 
     python -m tests.faults.table [--small] [--only T1,T3] [--out benchmarks/results/faults.json]
 
-Without ``--out`` the table also goes into docs/reliability.md. Results of earlier runs in the same file are kept for
-the properties that are not run, with the date they were run.
+Without ``--out`` the table also goes into the pages on reliability. Results of earlier runs in the same file are kept
+for the properties that are not run, with the date they were run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.faults.harness import Property, Tally
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
-PAGE = ROOT / "docs" / "reliability.md"
+PAGES = (ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.zh.md")
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Put the table into the page, between its two marks."""
+def write_page(results: dict[str, Any], page: Path) -> None:
+    """Put the table into a page, between its two marks."""
     before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of table -->\n")
     page.write_text(before + mark + markdown(results) + "\n" + end + after, encoding="utf-8")
@@ -160,7 +160,8 @@ def main() -> int:
     results = _load(args.out)
     print(markdown(results))
     if args.out == RESULTS:
-        write_page(results)
+        for page in PAGES:
+            write_page(results, page)
     return 1 if failed else 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import Tally
-from tests.faults.table import ROWS, Row, markdown, run_row
+from tests.faults.table import PAGES, RESULTS, ROWS, Row, markdown, run_row
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.small], ids=lambda row: row.name)
@@ -39,7 +39,6 @@ def _line(text: str) -> int:
     return next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if text in line)
 
 
-def test_the_page_shows_the_table_of_the_results_file() -> None:
-    root = Path(__file__).parents[2]
-    results = json.loads((root / "benchmarks" / "results" / "faults.json").read_text())
-    assert markdown(results) in (root / "docs" / "reliability.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_page_shows_the_table_of_the_results_file(page: Path) -> None:
+    assert markdown(json.loads(RESULTS.read_text())) in page.read_text(encoding="utf-8")
