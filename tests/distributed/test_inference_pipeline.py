@@ -32,9 +32,10 @@ EXACT: dict[str, tuple[int, dict[str, Any]]] = {
     "pipefusion_of_one_patch": (2, {"layout": {"pipeline": 2}, "pipefusion": PipeFusionOptions(on=True, patches=1)}),
     "pipefusion_warming_up": (2, {"layout": {"pipeline": 2}, "pipefusion": PipeFusionOptions(on=True, warmup=6)}),
 }
+SLOW = ("pp2_ulysses2", "pp2_tp2", "pipefusion_warming_up")
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in EXACT])
 def test_stages_make_the_video_of_one_rank(case: str) -> None:
     world_size, options = EXACT[case]
     outcomes = run_ranks(_generate, world_size, tiny_pipeline_folder(), options)

@@ -61,6 +61,7 @@ CASES = {
     "pp2-vpp2-cp2": Case(4, {**VPP2, **CP2}),
     "pp2-vpp2-tp2-sp": Case(4, {**VPP2, **TP2, **SP}),
 }
+SLOW = ("pp2-uneven", "pp2-one-micro-batch", "pp2-recompute", "pp4", "pp2-tp2", "pp2-vpp2-cp2")
 
 
 @dataclass
@@ -127,7 +128,7 @@ def pipeline_step(rank: int, world_size: int, case: Case, config: WanConfig, wei
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_pipeline_equals_one_rank(name: str, weights: dict[str, Tensor]) -> None:
     case = CASES[name]
     data = ParallelDims(world_size=case.world_size, **case.dims).data

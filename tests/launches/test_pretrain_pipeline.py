@@ -70,7 +70,8 @@ def assert_same(rows: list[dict[str, Any]], wanted: list[dict[str, Any]], tolera
                 assert row[key] == pytest.approx(other[key], rel=tolerance), (row["iteration"], key)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [
+    pytest.param(layout, marks=() if layout == "pp2_vpp2_recompute" else pytest.mark.slow) for layout in LAYOUTS])
 def test_stages_train_the_same_model(layout: str, world: World, reference: list[dict[str, Any]],
                                      tmp_path: Path) -> None:
     ranks, more = LAYOUTS[layout]
