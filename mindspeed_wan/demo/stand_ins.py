@@ -296,7 +296,8 @@ def _predictor(folder: Path) -> dict[str, Any]:
     wan = WanConfig.from_diffusers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     return {"model_id": "wandit", "dtype": "bf16", "patch_size": list(wan.patch_size), "text_len": wan.text_len,
             "in_dim": wan.in_channels, "hidden_size": wan.dim, "ffn_dim": wan.ffn_dim, "freq_dim": wan.freq_dim,
-            "text_dim": wan.text_dim, "out_dim": wan.out_channels, "num_heads": wan.num_heads, "num_layers": wan.num_layers}
+            "text_dim": wan.text_dim, "out_dim": wan.out_channels, "num_heads": wan.num_heads,
+            "num_layers": wan.num_layers}
 
 
 def _json(path: Path, value: Any) -> None:
