@@ -26,6 +26,7 @@ def describe(config: RunConfig, ranks: int | None = None) -> str:
         ("memory", _memory(config)),
         ("start", _start(config)),
         ("save", _save(config)),
+        ("validation", _validation(config)),
         ("files", ", ".join(config.sources.values()) or "none"),
     ]
     lines = [f"{name:<{_WIDTH}}{text}" for name, text in rows if text]
@@ -138,3 +139,14 @@ def _save(config: RunConfig) -> str:
         return "nowhere"
     every = f"every {checkpoint.save_interval} steps and " if checkpoint.save_interval else ""
     return f"{checkpoint.save}, {every}at the end, {checkpoint.ckpt_format}"
+
+
+def _validation(config: RunConfig) -> str:
+    training, given, parts = config.training, config.validation, []
+    if training.eval_interval and training.eval_iters:
+        clips = config.valid_data.data_path if config.valid_data is not None else "the first training clips"
+        parts.append(f"loss every {training.eval_interval} steps on {training.eval_iters} batches of {clips}")
+    if given.prompts:
+        other = given.other_expert or "none"
+        parts.append(f"videos of {given.prompts} every {given.video_interval} steps, other expert {other}")
+    return "; ".join(parts)
