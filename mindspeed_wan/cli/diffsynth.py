@@ -29,7 +29,8 @@ def _parser() -> ImportParser:
         add(f"--{name}", required=True)
     for name in ("model_paths", "model_id_with_origin_paths", "tokenizer_path", "trainable_models", "lora_base_model",
                  "lora_checkpoint", "extra_inputs", "resume_from_checkpoint", "fp8_models", "offload_models",
-                 "quant_options", "remove_prefix_in_ckpt", "audio_processor_path", "config_file", "mixed_precision"):
+                 "quant_options", "remove_prefix_in_ckpt", "audio_processor_path", "config_file", "mixed_precision",
+                 "preset_lora_path", "preset_lora_model"):
         add(f"--{name}")
     add("--data_file_keys", default="image,video")
     add("--lora_target_modules", default="q,k,v,o,ffn.0,ffn.2")
@@ -42,7 +43,7 @@ def _parser() -> ImportParser:
                           ("min_timestep_boundary", 0.0)):
         add(f"--{name}", type=float, default=number)
     for name in ("use_gradient_checkpointing", "use_gradient_checkpointing_offload", "find_unused_parameters",
-                 "initialize_model_on_cpu", "enable_model_cpu_offload"):
+                 "initialize_model_on_cpu", "enable_model_cpu_offload", "framewise_decoding"):
         add(f"--{name}", action="store_true")
     return parser
 
@@ -78,7 +79,8 @@ def understand(words: Sequence[str]) -> Job:
         repeat=given.dataset_repeat, accumulation=given.gradient_accumulation_steps, save_steps=given.save_steps,
         output=Path(given.output_path), processes=processes(before, warnings), workers=given.dataset_num_workers,
         diffusion={"shift": SHIFT, "weighting": "mm", "normalize_weighting": False, "grid": "index"},
-        lora_format="diffsynth", warnings=warnings,
+        lora_format="diffsynth", base_lora=Path(given.preset_lora_path) if given.preset_lora_path else None,
+        warnings=warnings,
     )
 
 
@@ -95,6 +97,16 @@ def _check_method(given: argparse.Namespace, warnings: list[str]) -> None:
     if extra:
         raise ConfigError(f"--extra_inputs {','.join(sorted(extra))} is not imported",
                           fix="input_image (image to video) is")
+    trained = given.lora_base_model or given.trainable_models
+    if given.preset_lora_path and (given.preset_lora_model or trained) != trained:
+        raise ConfigError(f"--preset_lora_model {given.preset_lora_model} is not the model that is trained ({trained})",
+                          fix="leave --preset_lora_path out: the other expert is not loaded here")
+    for name in ("audio_processor_path", "framewise_decoding"):
+        if getattr(given, name):
+            raise ConfigError(f"--{name} belongs to another model", fix="only Wan2.2 T2V and I2V A14B are imported")
+    columns = set(given.data_file_keys.split(",")) - {"", "image", "video", "input_image"}
+    if columns:
+        warnings.append(f"--data_file_keys {','.join(sorted(columns))}: these columns of the table are not read")
     for name in ("fp8_models", "quant_options"):
         if getattr(given, name):
             warnings.append(f"--{name} {getattr(given, name)} is left out: the base is bf16 and sharded instead")

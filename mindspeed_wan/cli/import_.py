@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _BARE_SCRIPT = "bash ${{MINDSPEED_WAN_ROOT:-{root}}}/examples/wan2.2/common/launch.sh pretrain"
 
 
+MERGED = "$HERE/base"
+"""Where the launcher puts weights with an adapter merged into them."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the tools whose commands are understood."""
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
@@ -108,9 +112,10 @@ def data_file(job: Job) -> dict[str, Any]:
 
 def launcher(job: Job, iterations: int | None) -> str:
     """Return the script: variables that can still be set from outside, over the common launcher."""
+    weights, merge = _base(job)
     variables = {
         "MM_MODEL": "$HERE/model.json", "MM_DATA": "$HERE/data.json", "FSDP_CONFIG": "$HERE/fsdp2.yaml",
-        "LOAD_PATH": _absolute(job.weights), "SAVE_PATH": _absolute(job.output), "LR": f"{job.learning_rate:g}",
+        "LOAD_PATH": weights, "SAVE_PATH": _absolute(job.output), "LR": f"{job.learning_rate:g}",
         "WEIGHT_DECAY": f"{job.weight_decay:g}", "CLIP_GRAD": f"{job.clip_grad:g}",
         "MBS": str(job.micro_batch) if job.micro_batch > 1 else None,
         "SEED": str(job.seed) if job.seed is not None else None, "GRAD_ACC_STEP": str(job.accumulation),
@@ -125,13 +130,23 @@ def launcher(job: Job, iterations: int | None) -> str:
         flags += ["--lora-r", str(job.lora["r"]), "--lora-alpha", str(job.lora["alpha"]), "--lora-target-modules",
                   job.lora["targets"], "--lora-format", job.lora_format]
     if job.lora_checkpoint is not None:
-        flags += ["--load-base-model", _absolute(job.weights), "--load", _absolute(job.lora_checkpoint)]
+        flags += ["--load-base-model", weights, "--load", _absolute(job.lora_checkpoint)]
         exports = [line for line in exports if "LOAD_PATH" not in line]
     root = Path(__file__).resolve().parents[2]
     start = _BARE_SCRIPT.format(root=root)
     return "\n".join(["#!/usr/bin/env bash", "# Made by mindspeed-wan import.", "set -euo pipefail",
-                      'HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)', *exports,
-                      f'exec {start} {shlex.join(flags)} "$@"', ""])
+                      'HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)', *merge, *exports,
+                      f'exec {start} {shlex.join(flags)} "$@"'.replace(shlex.quote(MERGED), f'"{MERGED}"'), ""])
+
+
+def _base(job: Job) -> tuple[str, list[str]]:
+    """Return the weights the run starts from, and the lines that make them where an adapter goes into them first."""
+    if job.base_lora is None:
+        return _absolute(job.weights), []
+    words = ["mindspeed-wan", "lora", "merge", "--base", _absolute(job.weights), "--lora", _absolute(job.base_lora),
+             "--model", f"{job.task}-A14B"]
+    return MERGED, ["# The weights with the adapter that the command fuses into them.",
+                    f'[[ -d {MERGED} || -n ${{LOAD_PATH:-}} ]] || {shlex.join(words)} --out "{MERGED}"']
 
 
 def _iterations(job: Job) -> int | None:

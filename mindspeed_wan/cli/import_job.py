@@ -21,6 +21,7 @@ class Job:
 
     ``size`` is (height, width), or ``None`` where ``max_pixels`` rules. ``diffusion`` holds further keys of the model
     file's block of that name, ``conditioning`` those of ``ae.i2v_processor``; ``flags`` are appended to the launcher.
+    ``base_lora`` is an adapter that the weights hold before anything is trained.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Job:
     micro_batch: int = 1
     seed: int | None = None
     flags: tuple[str, ...] = ()
+    base_lora: Path | None = None
     warnings: list[str] = field(default_factory=list)
 
 

@@ -81,8 +81,36 @@ def test_dit2_and_paths_as_json(tmp_path: Path) -> None:
     assert not any("expert's weights" in warning for warning in job.warnings)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_adapter_fused_into_the_base_is_merged_first(goes_on: bool, tmp_path: Path) -> None:
+    out, calls, printer = tmp_path / "a config", tmp_path / "calls", tmp_path / "rank.py"
+    printer.write_text("import sys; print(*sys.argv[1:], sep='|')\n")
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "mindspeed-wan"
+    tool.write_text(f'#!/bin/bash\necho "$@" >> {calls}\nmkdir "${{@: -1}}"\n')
+    tool.chmod(0o755)
+    checkpoint = ["--lora_checkpoint", "go on.safetensors"] if goes_on else []
+    more = ["--preset_lora_path", "my style.safetensors", *checkpoint]
+    line = command(tmp_path, "--max_timestep_boundary", "0.358", *more, "--data_file_keys", "video,depth")
+    assert any("depth" in warning for warning in understand(line).warnings)
+    dispatch(["import", "diffsynth", "--out", str(out), "--", *line])
+    for _ in range(2):
+        result = subprocess.run(
+            ["bash", str(out / "train.sh")], capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "DEVICE": "cpu", "NPROC_PER_NODE": "1", "LAUNCH_SCRIPT": str(printer),
+                 "PATH": f"{tool.parent}:{os.environ['PATH']}"})
+        assert result.returncode == 0, result.stderr
+        assert f"--load{'-base-model' if goes_on else ''}|{out}/base" in result.stdout
+    (merged,) = calls.read_text().splitlines()
+    assert merged.startswith("lora merge --base") and merged.endswith(f"--out {out}/base")
+    assert "high_noise_model" in merged
+    assert f"--lora {Path.cwd()}/my style.safetensors --model i2v-A14B" in merged
+
+
 @pytest.mark.parametrize(("more", "text"), [
     ((), "which expert"),
+    (("--max_timestep_boundary", "0.358", "--preset_lora_path", "x", "--preset_lora_model", "dit2"), "dit2"),
+    (("--max_timestep_boundary", "0.358", "--audio_processor_path", "x"), "another model"),
     (("--max_timestep_boundary", "0.358", "--lora_rnk", "4"), "--lora_rnk"),
     (("--max_timestep_boundary", "0.358", "--extra_inputs", "vace_video"), "vace_video"),
     (("--max_timestep_boundary", "0.358", "--task", "sft:data_process"), "sft:data_process"),
