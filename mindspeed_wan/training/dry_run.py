@@ -17,8 +17,10 @@ from mindspeed_wan.errors import ResourceError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.training.adapters import check_adapter
+from mindspeed_wan.training.other_expert import check_other
 from mindspeed_wan.training.restore import check_card, training_checkpoint, weights_found
 from mindspeed_wan.training.source import evaluation_data
+from mindspeed_wan.training.validation_prompts import read_prompts
 
 
 def check(config: RunConfig) -> str:
@@ -31,7 +33,7 @@ def check(config: RunConfig) -> str:
     lines = [describe(config), f"{'weights':<12}{_check_start(config, wan)}"]
     if config.lora is not None:
         lines.append(f"{'adapter':<12}{check_adapter(config, wan)}")
-    lines += _check_data(config)
+    lines += [*_check_data(config), *_check_videos(config, wan)]
     _check_save_folder(config)
     return "\n".join([*lines, "dry run: everything this run needs is in place"])
 
@@ -57,6 +59,16 @@ def _check_data(config: RunConfig) -> list[str]:
     evaluated = evaluation_data(config, data)
     lines = data.describe(batch)
     return lines if evaluated is data else [*lines, *(f"validation {line}" for line in evaluated.describe(batch))]
+
+
+def _check_videos(config: RunConfig, wan: WanConfig) -> list[str]:
+    given = config.validation
+    if given.prompts is None:
+        return []
+    told = f"{len(read_prompts(given.prompts, task=config.model.task))} prompts"
+    if given.other_expert is not None:
+        told += f", other expert {check_other(config, given.other_expert, wan).path}"
+    return [f"{'videos':<12}{told}"]
 
 
 def _check_save_folder(config: RunConfig) -> None:

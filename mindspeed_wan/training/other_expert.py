@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from mindspeed_wan.checkpoint.sources import check_expert, check_names_and_shapes, find, open_weights
+from mindspeed_wan.checkpoint.sources import Found, check_expert, check_names_and_shapes, find, open_weights
 from mindspeed_wan.checkpoint.weights import checked, load_model_weights
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.lora.apply import is_factor, split_views
 from mindspeed_wan.lora.layers import LORA_B
 from mindspeed_wan.models.quantization import weight_views
+from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.parallel.agreement import first_decides
@@ -28,6 +29,21 @@ from mindspeed_wan.training.optimizer import local
 from mindspeed_wan.training.restore import check_card
 
 OTHER = {"high": "low", "low": "high"}
+
+
+def check_other(config: RunConfig, path: str | Path, wan: WanConfig) -> Found:
+    """Return the weights at ``path`` if they can stand in for the expert that is not trained. Rank 0.
+
+    Raises:
+        CheckpointError: no weights, those of the trained expert, or of another model, task or boundary.
+    """
+    assert config.diffusion.expert is not None
+    found = checked(find(path))
+    check_expert(found, OTHER[config.diffusion.expert])
+    check_card(found, config, wan, resuming=False)
+    with open_weights(found, wan) as files:
+        check_names_and_shapes(files, {p.mm: p.shape for p in parameter_table(wan)}, wan)
+    return found
 
 
 class OtherExpert:
@@ -46,15 +62,8 @@ class OtherExpert:
     def __init__(self, config: RunConfig, path: str | Path, model: WanDiT, groups: ParallelGroups) -> None:
         assert config.diffusion.expert is not None
         self.name = OTHER[config.diffusion.expert]
-        self._path, self._config, self._model, self._groups = Path(path), config, model, groups
-        first_decides(self._check)
-
-    def _check(self) -> None:
-        found, wan = checked(find(self._path)), self._model.config
-        check_expert(found, self.name)
-        check_card(found, self._config, wan, resuming=False)
-        with open_weights(found, wan) as files:
-            check_names_and_shapes(files, {p.mm: p.shape for p in parameter_table(wan)}, wan)
+        self._path, self._model, self._groups = Path(path), model, groups
+        first_decides(lambda: check_other(config, path, model.config))
 
     @contextmanager
     def visiting(self) -> Iterator[None]:

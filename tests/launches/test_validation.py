@@ -181,3 +181,15 @@ def test_a_stop_request_ends_sampling_on_all_ranks(world: World, tmp_path: Path)
     argv = world.flags(tmp_path, "--use-torch-fsdp2", *videos(world, *other), expert="low")
     assert run_ranks(abandon, 2, argv) == [True, True]
     assert not (tmp_path / "validation").exists()
+
+
+def test_a_dry_run_looks_at_what_validation_reads(world: World, tmp_path: Path) -> None:
+    from mindspeed_wan.errors import CheckpointError
+    from mindspeed_wan.training.dry_run import check
+
+    flags = [*EVALUATE, *set_aside(world), *videos(world), "--dry-run", "--validation-other-expert"]
+    told = check(parse(world.flags(tmp_path, *flags, str(world.model / "transformer_2")), {}))
+    assert "3 prompts, other expert" in told and "validation data: 3 clips" in told
+    assert "loss every 2 steps on 2 batches of" in told
+    with pytest.raises(CheckpointError, match="high"):
+        check(parse(world.flags(tmp_path, *flags, str(world.model / "transformer")), {}))

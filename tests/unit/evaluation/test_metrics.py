@@ -27,7 +27,7 @@ def test_psnr_and_ssim_agree_with_scikit_image() -> None:
     np.testing.assert_allclose(metrics.ssim(reference, video), ssim, rtol=1e-6)
 
 
-def test_ms_ssim_agrees_with_torchmetrics_over_the_batch() -> None:
+def test_ms_ssim_and_psnr_agree_with_torchmetrics_over_the_batch() -> None:
     torch = pytest.importorskip("torch")
     torchmetrics = pytest.importorskip("torchmetrics")
     reference, video = _pair(2, (180, 192), 40)
@@ -35,6 +35,9 @@ def test_ms_ssim_agrees_with_torchmetrics_over_the_batch() -> None:
     assert values is not None
     measure = torchmetrics.image.MultiScaleStructuralSimilarityIndexMeasure(data_range=255.0)
     tensors = [torch.from_numpy(v).permute(0, 3, 1, 2).float() for v in (reference, video)]
+    psnr = torchmetrics.functional.image.peak_signal_noise_ratio(tensors[1], tensors[0], data_range=255.0,
+                                                                 reduction="none", dim=(1, 2, 3))
+    np.testing.assert_allclose(metrics.psnr(reference, video), psnr.numpy(), atol=1e-4)
     assert values.mean() == pytest.approx(float(measure(*tensors)), abs=1e-4)
     assert metrics.ms_ssim(*_pair()) is None
 
