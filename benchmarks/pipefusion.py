@@ -20,7 +20,7 @@ import torch
 import torch.multiprocessing as mp
 
 PROMPT = "a red circle moves to the left"
-PATCHES = (2, 4, 8)
+PATCHES = (2, 8)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def _rank(rank: int, stages: int, model: str, args: dict[str, Any], result: str)
     )
     exact = generator(PROMPT, seed=0)
     rows = []
-    for warmup in sorted({1, 2, args["steps"] // 4, args["steps"] // 2}):
+    for warmup in (1, max(2, args["steps"] // 4)):
         for patches in PATCHES:
             video = generator(PROMPT, seed=0, pipefusion=PipeFusionOptions(on=True, patches=patches, warmup=warmup))
             row = {"warmup": warmup, "patches": patches, "latent_error": _relative(video.latents, exact.latents),

@@ -73,6 +73,8 @@ def _ranks(config: RunConfig, ranks: int | None) -> str:
     parallel = config.parallel
     parts = [f"tensor {parallel.tensor}{' + sequence' if parallel.sequence_parallel else ''}"]
     parts.append(f"context {parallel.context} (Ulysses {parallel.ulysses} x ring {parallel.ring})")
+    if parallel.pipeline > 1:
+        parts.append(_stages(config, ranks))
     if ranks:
         parts += [f"data {parallel.data(ranks)}", f"of {ranks} in all"]
         if parallel.use_torch_fsdp2:
@@ -80,6 +82,16 @@ def _ranks(config: RunConfig, ranks: int | None) -> str:
     elif parallel.use_torch_fsdp2:
         parts.append(f"FSDP2 over {config.fsdp2.sharding_size or 1}")
     return ", ".join(parts)
+
+
+def _stages(config: RunConfig, ranks: int | None) -> str:
+    """Return the stages, and how much of a step they wait for each other."""
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
+    text = f"pipeline {stages}{f' x {chunks} chunks' if chunks > 1 else ''}"
+    if not ranks:
+        return text
+    work = config.gradient_accumulation(ranks) * chunks
+    return f"{text} (idle {(stages - 1) / (work + stages - 1):.0%})"
 
 
 def _batch(config: RunConfig, ranks: int | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mindspeed_wan.config import rules_run
+from mindspeed_wan.config.describe import describe
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.config.translate import _stages
 
@@ -63,3 +64,8 @@ def test_what_is_fine(checked: RunConfig) -> None:
 ])
 def test_mindspeed_mm_writes_stages_or_rows_of_stages(given: Any, rows: Any) -> None:
     assert _stages(given) == rows
+
+
+def test_the_description_says_how_long_stages_wait() -> None:
+    described = describe(config(VPP, training={"global_batch_size": 8}), 4)
+    assert "pipeline 2 x 2 chunks (idle 11%)" in described  # (2 - 1) / (4 micro-batches x 2 chunks + 2 - 1)
