@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ class CudaPlatform(Platform):
     def _activate(self) -> None:
         import torch
 
-        from mindspeed_wan.platforms import ops
+        from mindspeed_wan.platforms import inductor, ops
 
         count, rank = torch.cuda.device_count(), self.local_rank()
         if rank >= count:
@@ -82,7 +83,7 @@ class CudaPlatform(Platform):
             )
         torch.cuda.set_device(rank)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        ops.use("torch")
+        ops.use(os.environ.get(ops.KERNELS_VARIABLE) or ("inductor" if inductor.is_available() else "torch"))
 
     def device_name(self) -> str:
         """Return the GPU's model name."""

@@ -58,6 +58,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """One after the other."""
+    return rotary(rms_norm(x, weight, eps).unflatten(-1, (-1, cos.shape[-1])), cos, sin)
+
+
 class _RmsNorm(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps); dx = r (g w) - x r^3 mean(g w x); dw = sum(g x r)."""
 

@@ -68,6 +68,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _npu().npu_rotary_mul(x.float().contiguous(), cos, sin, rotary_mode="interleave").to(x.dtype)
 
 
+def rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """One after the other."""
+    return rotary(rms_norm(x, weight, eps).unflatten(-1, (-1, cos.shape[-1])), cos, sin)
+
+
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
 ) -> Tensor:

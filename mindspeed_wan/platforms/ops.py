@@ -1,8 +1,9 @@
 """The five tensor operations that hardware wants to do its own way, behind one set of functions.
 
 The model calls ``attention``, ``rms_norm``, ``rotary``, ``layer_norm`` and ``modulated_layer_norm`` (the ring also
-``attention_with_lse`` and its backward). Each call goes to the ``Kernels`` set in use: ``torch`` (the reference; CPU
-and CUDA) or ``npu`` (fused kernels, ``platforms/npu.py``). ``Platform.activate`` chooses the set; ``use`` overrides it.
+``attention_with_lse`` and its backward). Each call goes to the ``Kernels`` set in use: ``torch`` (PyTorch's own; CPU),
+``inductor`` (kernels that torch.compile makes; CUDA with Triton) or ``npu`` (fused kernels, ``platforms/npu.py``).
+``Platform.activate`` chooses the set (``MINDSPEED_WAN_KERNELS`` overrides it on CPU and CUDA), ``use`` another one.
 
 Layout everywhere: sequence first, ``[L, B, N, D]`` (tokens, batch, heads, channels of a head). Every result has the
 dtype of ``x`` (or ``q``) unless ``out_dtype`` says otherwise; norms and rotations are computed in fp32 inside.
@@ -31,6 +32,7 @@ class Kernels:
     name: str
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rms_norm_rotary: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float, torch.dtype | None], Tensor]
     modulated_layer_norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype | None], Tensor]
     attention_backend: str
@@ -42,6 +44,7 @@ def _torch_kernels() -> Kernels:
         name="torch",
         rms_norm=eager.rms_norm,
         rotary=eager.rotary,
+        rms_norm_rotary=eager.rms_norm_rotary,
         layer_norm=eager.layer_norm,
         modulated_layer_norm=eager.modulated_layer_norm,
         attention_backend="sdpa",
@@ -55,13 +58,30 @@ def _npu_kernels() -> Kernels:
         name="npu",
         rms_norm=npu_ops.rms_norm,
         rotary=npu_ops.rotary,
+        rms_norm_rotary=npu_ops.rms_norm_rotary,
         layer_norm=npu_ops.layer_norm,
         modulated_layer_norm=npu_ops.modulated_layer_norm,
         attention_backend="npu",
     )
 
 
-_KERNEL_SETS = {"torch": _torch_kernels, "npu": _npu_kernels}
+def _inductor_kernels() -> Kernels:
+    from mindspeed_wan.platforms import inductor
+
+    return Kernels(
+        name="inductor",
+        rms_norm=inductor.rms_norm,
+        rotary=inductor.rotary,
+        rms_norm_rotary=inductor.rms_norm_rotary,
+        layer_norm=inductor.layer_norm,
+        modulated_layer_norm=inductor.modulated_layer_norm,
+        attention_backend="sdpa",
+    )
+
+
+KERNELS_VARIABLE = "MINDSPEED_WAN_KERNELS"
+
+_KERNEL_SETS = {"torch": _torch_kernels, "inductor": _inductor_kernels, "npu": _npu_kernels}
 
 _kernels = _torch_kernels()
 _attention_backend = "auto"
@@ -83,7 +103,7 @@ class _Override:
 
 
 def use(name: str) -> _Override:
-    """Use the kernel set ``torch`` or ``npu`` from now on, or inside ``with use(name):`` only."""
+    """Use the kernel set ``torch``, ``inductor`` or ``npu`` from now on, or inside ``with use(name):`` only."""
     global _kernels
     if name not in _KERNEL_SETS:
         raise ConfigError(f"kernel set '{name}' does not exist", fix=f"choose one of {', '.join(_KERNEL_SETS)}")
@@ -200,6 +220,20 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: ``[L, 1, 1, D]`` fp32, each value twice (``cos[..., 0::2] == cos[..., 1::2]``), as the NPU wants it.
     """
     return _kernels.rotary(x, cos, sin)
+
+
+def rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return ``rotary(rms_norm(x))``: q or k on its way into self-attention.
+
+    Args:
+        x: ``[L, B, N * D]``; the norm is over all of the last dim.
+        weight: ``[N * D]``.
+        cos, sin: as in ``rotary``.
+
+    Returns:
+        ``[L, B, N, D]`` in ``x.dtype``.
+    """
+    return _kernels.rms_norm_rotary(x, weight, eps, cos, sin)
 
 
 def layer_norm(

@@ -48,9 +48,10 @@ class SelfAttention(nn.Module):
             length: tokens of the whole video without padding.
         """
         x = self.layers.enter(x)
-        q, k = self.layers.normalize((self.q_norm, self.k_norm), (self.proj_q(x), self.proj_k(x)))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, self.proj_v(x)))
-        out = self.attend(ops.rotary(q, cos, sin), ops.rotary(k, cos, sin), v, length=length)
+        q, k = self.layers.normalize_and_turn(
+            (self.q_norm, self.k_norm), (self.proj_q(x), self.proj_k(x)), cos, sin
+        )
+        out = self.attend(q, k, self.proj_v(x).unflatten(-1, (-1, self.head_dim)), length=length)
         return self.proj_out(out.flatten(2))
 
 

@@ -61,6 +61,12 @@ class Layers(Protocol):
         """Apply each norm to its input, with one collective for all of them."""
         ...
 
+    def normalize_and_turn(
+        self, norms: Sequence[HeadNorm], inputs: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
+        """Apply each norm to its input and the rotary embedding to the result: ``[L, B, N * d] -> [L, B, N, d]``."""
+        ...
+
     def enter(self, x: Tensor) -> Tensor:
         """Hand tokens to ``column`` layers."""
         ...
@@ -95,6 +101,12 @@ class LocalLayers:
     def normalize(self, norms: Sequence[HeadNorm], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Apply each norm to its input."""
         return [norm(x) for norm, x in zip(norms, inputs)]
+
+    def normalize_and_turn(
+        self, norms: Sequence[HeadNorm], inputs: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
+        """Apply norm and rotation in one operation."""
+        return [ops.rms_norm_rotary(x, norm.weight, norm.eps, cos, sin) for norm, x in zip(norms, inputs)]
 
     def enter(self, x: Tensor) -> Tensor:
         """Return ``x``."""
@@ -170,6 +182,13 @@ class MegatronLayers:
             (x.float() * torch.rsqrt(total / norm.dim + norm.eps) * norm.weight.float()).to(x.dtype)
             for norm, x, total in zip(norms, inputs, totals)
         ]
+
+    def normalize_and_turn(
+        self, norms: Sequence[HeadNorm], inputs: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
+        """Normalise over all heads, then turn this rank's."""
+        heads = (x.unflatten(-1, (-1, cos.shape[-1])) for x in self.normalize(norms, inputs))
+        return [ops.rotary(x, cos, sin) for x in heads]
 
     def enter(self, x: Tensor) -> Tensor:
         """``[L/tp, B, D] -> [L, B, D]`` (backward: reduce-scatter), or identity (backward: all-reduce)."""
