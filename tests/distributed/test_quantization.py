@@ -189,6 +189,7 @@ GENERATE: list[tuple[int, dict[str, Any]]] = [
     (2, {"layout": {"tensor": 2}, "memory": "block"}),
     (2, {"layout": {"ulysses": 2}, "memory": "sequential"}),
     (2, {"layout": {"tensor": 2}}),
+    (2, {"layout": {"pipeline": 2}, "memory": "sequential"}),
 ]
 SLOW = pytest.mark.slow
 GENERATE_CASES = [GENERATE[0], *(pytest.param(*given, marks=SLOW) for given in GENERATE[1:])]
