@@ -289,6 +289,7 @@ def agree(config: RunConfig, groups: ParallelGroups | None, progress: Progress, 
     told = board.exchange("course", {**own, "offset": events.offset})
     offset = told.pop("offset")
     readers = Reader(board.own.ranks, **own), Reader(board.other.ranks, **told)
+    assert groups is None or readers[0].data_rank(board.link.rank) == groups.dp_rank, "ranks are in another order"
     if readers[1].start < readers[1].stop:
         if start < stop and offset != events.offset:
             raise CheckpointError(
