@@ -14,7 +14,7 @@ from mindspeed_wan.config.flags import parse
 from mindspeed_wan.errors import ConfigError
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import tiny_clips
-from tests.helpers.world import World, losses, make_world, train_rank
+from tests.helpers.world import World, losses, make_world, metrics, train_rank
 
 EVALUATE = ("--eval-interval", "2", "--eval-iters", "2")
 
@@ -193,3 +193,15 @@ def test_a_dry_run_looks_at_what_validation_reads(world: World, tmp_path: Path) 
     assert "loss every 2 steps on 2 batches of" in told
     with pytest.raises(CheckpointError, match="high"):
         check(parse(world.flags(tmp_path, *flags, str(world.model / "transformer")), {}))
+
+
+@pytest.mark.slow
+def test_pipeline_stages_report_the_same_loss(world: World, tmp_path: Path) -> None:
+    flags = ("--eval-interval", "1", "--eval-iters", "2", "--lr", "0", "--min-lr", "0")
+    run_ranks(train_rank, 1, world.flags(tmp_path / "one", *flags, iters=1), init=False)
+    run_ranks(train_rank, 2, world.flags(tmp_path / "two", *flags, "--pipeline-model-parallel-size", "2", iters=1))
+    one, two = (rows(tmp_path / name)[0] for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["quartiles"] == pytest.approx(one["quartiles"], rel=1e-5)
+    counts = [metrics(tmp_path / name)[0]["sigma_counts"] for name in ("one", "two")]
+    assert counts[0] == counts[1] and sum(counts[0]) == 4 and not any(counts[0][:17])
