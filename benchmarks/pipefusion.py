@@ -3,8 +3,9 @@
     python benchmarks/pipefusion.py --out benchmarks/results/pipefusion.json              # tiny model, CPU, a minute
     python benchmarks/pipefusion.py --model ./Wan2.2-T2V-A14B-Diffusers --device cuda --steps 40 --size 480x832
 
-The default model has random weights, whose velocity changes far more from step to step than a trained model's does:
-its figures show how error falls with warm-up and rises with patches, not what a trained model loses.
+The default model has random weights, whose keys and values change far more from step to step than a trained model's:
+its figures check the measurement and bound the error from above, they do not say what a trained model loses. On a CPU
+whose cores the stages share, patches cost time instead of saving it.
 """
 
 from __future__ import annotations

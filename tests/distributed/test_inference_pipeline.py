@@ -55,10 +55,10 @@ def _velocities(rank: int, world_size: int, weights: dict[str, Tensor], batch: B
     fill(model, {name: weights[name] for name, _ in model.named_parameters()}, groups)
     runner, found = PipeFusion(groups, **options), []
     with torch.no_grad():
-        text = runner.encode_text(model, batch.text, batch.image_embeds)
+        cond, uncond = (runner.encode_text(model, text, batch.image_embeds) for text in (batch.text, -batch.text))
         for step in range(3):
             runner.begin("high", step)
-            found += runner.run(model, batch.latents, batch.timestep, [Pass("cond", text), Pass("uncond", text)])
+            found += runner.run(model, batch.latents, batch.timestep, [Pass("cond", cond), Pass("uncond", uncond)])
     destroy()
     return found
 
@@ -69,10 +69,10 @@ def test_patches_with_fresh_keys_and_values_are_exact(patches: int) -> None:
     whole = WanDiT(CONFIG)
     whole.load_state_dict(weights)
     with torch.no_grad():
-        expected = whole(batch.latents, batch.timestep, batch.text)
-    outcomes = run_ranks(_velocities, 2, weights, batch, {"patches": patches, "warmup": 1})
-    for velocity in (velocity for outcome in outcomes for velocity in outcome):
-        torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
+        expected = [whole(batch.latents, batch.timestep, text) for text in (batch.text, -batch.text)]
+    for outcome in run_ranks(_velocities, 2, weights, batch, {"patches": patches, "warmup": 1}):
+        for number, velocity in enumerate(outcome):
+            torch.testing.assert_close(velocity, expected[number % 2], rtol=1e-4, atol=1e-5)
 
 
 def test_pipefusion_changes_the_video_less_with_more_warm_up() -> None:
