@@ -75,6 +75,16 @@ def test_from_scratch_is_the_same_in_every_layout(world: World, tmp_path: Path) 
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+def test_memory_flags(world: World, plain: list[float], tmp_path: Path) -> None:
+    """Offloading changes no bit (and does nothing on a CPU); 8-bit moments change little, and both resume."""
+    offload = ["--recompute-granularity", "full", "--recompute-offload", "--optimizer-cpu-offload"]
+    run_ranks(train_rank, 1, world.flags(tmp_path / "offload", *offload, iters=5), init=False)
+    assert losses(tmp_path / "offload") == plain
+    for iters in (3, 5):
+        run_ranks(train_rank, 1, world.flags(tmp_path / "bytes", "--optimizer", "adam8bit", iters=iters), init=False)
+    assert losses(tmp_path / "bytes") == pytest.approx(plain, rel=1e-2)
+
+
 def test_each_expert_sees_only_its_own_noise(world: World, tmp_path: Path) -> None:
     for expert, low, high in (("high", 0.875, 1.0), ("low", 0.0, 0.875)):
         run_ranks(train_rank, 1, world.flags(tmp_path / expert, expert=expert, iters=4, batch=1), init=False)
