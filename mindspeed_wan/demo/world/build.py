@@ -36,7 +36,6 @@ STAGES: list[tuple[str, str, StageFunction]] = [
     ("t2v", "generate and mark held-out captions", lambda world: judging.text_to_video(world, "t2v", "t2v_trained")),
     ("diffusers", "the same with diffusers' WanPipeline", judging.diffusers_text_to_video),
     ("swapped", "the same with the experts exchanged", _swapped),
-    ("accelerators", "quality against speed of step caches", accelerators.measure),
     ("train_i2v", "train both I2V experts, starting from T2V", _train_i2v),
     ("export_i2v", "export them to Diffusers", lambda world: training.export(world, "i2v")),
     ("i2v", "animate first frames", judging.image_to_video),
@@ -44,6 +43,7 @@ STAGES: list[tuple[str, str, StageFunction]] = [
     ("train_lora", "teach it by LoRA", training.finetune),
     ("new_lora", "ask again, with the adapters",
      lambda world: judging.new_colour(world, "new_lora", *_lora_flags(world))),
+    ("accelerators", "quality against speed: step caches, guidance plans, 8-bit weights", accelerators.measure),
 ]
 """(name, title, function), in order."""
 

@@ -34,7 +34,7 @@ class Effort:
     """
 
     clips_per_scene: int = 24
-    iterations_t2v: int = 4000
+    iterations_t2v: int = 6000
     iterations_i2v: int = 2000
     iterations_lora: int = 500
     batch_size: int = 32

@@ -40,26 +40,28 @@ def asked(chosen: Sequence[Scene], copies: int) -> list[Asked]:
     return [Asked(scene, FIRST_SEED + copy) for scene in chosen for copy in range(copies)]
 
 
-def generate(world: World, name: str, model: Path, chosen: Sequence[Scene], *more: str) -> None:
-    """Generate every clip with the inference launcher into ``videos/NAME``."""
+def generate(
+    world: World, name: str, model: Path, chosen: Sequence[Scene], *more: str, copies: int | None = None
+) -> None:
+    """Generate every clip with the inference launcher into ``videos/NAME``; ``copies`` is the effort's by default."""
     prompts = world.out / "files" / f"prompts_{name}.txt"
     prompts.write_text("".join(f"{scene.caption}\n" for scene in chosen), encoding="utf-8")
     task = "i2v" if name.startswith("i2v") else "t2v"
     launcher = world.repository / "examples" / "wan2.2" / "A14B" / task / "inference.sh"
     world.run(Command(f"generate_{name}", [
         "bash", str(launcher), "--ckpt_dir", str(model), "--prompt_file", str(prompts), "--negative_prompt", "",
-        "--num_videos", str(world.effort.copies), "--base_seed", str(FIRST_SEED), "--size", SIZE,
+        "--num_videos", str(copies or world.effort.copies), "--base_seed", str(FIRST_SEED), "--size", SIZE,
         "--frame_num", str(scenes.NUM_FRAMES), "--sample_steps", str(world.effort.steps),
         "--sample_shift", str(SHIFT), "--sample_guide_scale", f"{GUIDANCE},{GUIDANCE}", "--dtype", "fp32",
         "--crf", "8", "--save_path", str(world.videos(name)), *more,
     ], {"DEVICE": "cpu", "NPROC_PER_NODE": "1"}))
 
 
-def judge(world: World, name: str, chosen: Sequence[Scene]) -> dict[str, Any]:
+def judge(world: World, name: str, chosen: Sequence[Scene], *, copies: int | None = None) -> dict[str, Any]:
     """Mark the videos of ``videos/NAME``: shares of right colour, shape, motion, and of all three."""
     from mindspeed_wan.evaluation.frames import read_frames
 
-    wanted = asked(chosen, world.effort.copies)
+    wanted = asked(chosen, copies or world.effort.copies)
     marks = []
     for index, item in enumerate(wanted):
         seen = detect(read_frames(world.videos(name) / f"video_{index}.mp4")[0])
