@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.parallel.fsdp2 import Fsdp2Config, apply_fsdp2
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.parallel.recompute import RecomputePlan, apply_recompute
 from mindspeed_wan.platforms.base import Platform
+
+COMPILES_KEPT_ATTENTION = (2, 8)
+"""The first torch that runs compiled code under selective recomputation."""
 
 
 def parallelize(
@@ -25,8 +29,14 @@ def parallelize(
     Tensor and context parallelism are already inside it (its layers and its attention). Each step wraps the one
     before: FSDP2 gathers a block's parameters, the block then runs its compiled forward, in the backward pass a
     second time.
+
+    Raises:
+        ConfigError: this torch would not run the compiled blocks.
     """
     if compile_blocks:
+        if recompute is not None and recompute.keep_attention and _torch_version() < COMPILES_KEPT_ATTENTION:
+            raise ConfigError(f"torch {torch.__version__} leaves compiled blocks uncompiled where attention is kept",
+                              fix="drop --compile or --recompute-skip-core-attention, or use a newer torch")
         for block in model.blocks:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     if recompute is not None:
@@ -34,3 +44,7 @@ def parallelize(
     if fsdp2 is not None:
         apply_fsdp2(model, fsdp2, groups, platform)
     return model
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])

@@ -86,7 +86,8 @@ def test_triton_kernels_compute_it_too(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("plan", [
     pytest.param(None, marks=pytest.mark.slow), pytest.param(RecomputePlan(offload=True), marks=pytest.mark.slow),
-    RecomputePlan(keep_attention=True),
+    pytest.param(RecomputePlan(keep_attention=True), marks=pytest.mark.skipif(
+        torch.__version__ < (2, 8), reason="torch 2.7 compiles nothing under selective recomputation")),
 ], ids=["plain", "recompute", "attention kept"])
 def test_a_model_on_these_kernels(plan: RecomputePlan | None, compiles: Any) -> None:
     """Gradients of the whole model; one graph per operation and way of calling, then none for other clip sizes."""
