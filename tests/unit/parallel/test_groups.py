@@ -60,7 +60,7 @@ def test_a_restarted_job_does_not_read_its_predecessors_keys(monkeypatch: pytest
     seen = []
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        store = groups._rendezvous_store(0, 2, timedelta(seconds=10))
+        store = groups.rendezvous_store(0, 2, timedelta(seconds=10))
         seen.append(store.check(["address"]))
         store.set("address", "of a rank of this attempt")
     assert seen == [False, False]
