@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,8 +62,9 @@ def run_together(commands: Sequence[Command], *, repository: Path, logs: Path, s
                                                                    prefix if show else None)))
         threads[-1].start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(0.05)
+        with _asked_to_stop():
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.05)
     except BaseException:
         for process in processes:
             process.terminate()
@@ -75,6 +78,16 @@ def run_together(commands: Sequence[Command], *, repository: Path, logs: Path, s
                              fix=f"see {logs / f'{command.name}.log'}")
             error.exit_code = code
             raise error
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[None]:
+    """Turn SIGTERM into an exit, so that the commands are asked to stop as well and none is left behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(command: Command, repository: Path) -> subprocess.Popen[str]:
