@@ -109,7 +109,8 @@ def _check_method(given: argparse.Namespace, warnings: list[str]) -> None:
         warnings.append(f"--data_file_keys {','.join(sorted(columns))}: these columns of the table are not read")
     for name in ("fp8_models", "quant_options"):
         if getattr(given, name):
-            warnings.append(f"--{name} {getattr(given, name)} is left out: the base is bf16 and sharded instead")
+            warnings.append(f"--{name} {getattr(given, name)} is left out: the base is bf16 and sharded; "
+                            "start train.sh with --base-dtype fp8 or int8 to hold it in 8 bits")
     if given.resume_from_checkpoint:
         warnings.append("--resume_from_checkpoint is left out: a run here goes on by itself; set LOAD_PATH to start "
                         "from other weights")

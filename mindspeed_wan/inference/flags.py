@@ -137,7 +137,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("gpu_memory_mode", "memory", str, "VideoX-Fun's names: model_full_load, model_cpu_offload ..."),
         Flag("attention", "attention", str, "auto, sdpa, torch_flash, torch_efficient, torch_math, cudnn, flash2, "
              "flash3, sage or npu"),
-        Flag("compile", "compile_blocks", parse_bool, "torch.compile each block; the first step takes minutes"),
+        Flag("compile", "compile_blocks", parse_bool, "torch.compile each block; the first step takes a minute or so"),
         Flag("offload_model", "offload_model", parse_bool, "true is --memory sequential, false is --memory resident"),
         Flag("t5_cpu", "t5_cpu", parse_bool, "encode prompts on the CPU"),
         Flag("vae_tile", "vae_tile_size", _parse_tile, "tile HEIGHT,WIDTH in latent pixels (30,52 as in DiffSynth)"),
