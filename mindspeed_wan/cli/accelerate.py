@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--try", action="append", default=[], metavar="NAME=FLAGS", dest="tries",
                         help="a candidate: flags added to the exact run, such as 'mag=--step_cache magcache'; repeat "
-                        "for several (without any: a suite of 8-bit weights, guidance plans, and caches with values measured "
-                        "on this model); {table} in FLAGS is the measured table")
+                        "for several (without any: a suite of 8-bit weights, guidance plans, and caches "
+                        "with values measured on this model); {table} in FLAGS is the measured table")
     parser.add_argument("--min-psnr", type=float, metavar="DB", help="gate: least PSNR of any video to its exact one")
     parser.add_argument("--min-ssim", type=float, help="gate: least SSIM of any video to its exact one")
     parser.add_argument("--min-speedup", type=float, help="gate: least speed-up of the denoising steps")
