@@ -28,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--size", default="480x832", help="height x width in pixels (default 480x832)")
     what.add_argument("--frames", type=int, default=81, help="frames of a clip, 4k+1 (default 81)")
     what.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank only")
+    what.add_argument("--base-dtype", choices=("fp8", "int8"), help="with --lora: the frozen base in 8 bits")
     what.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     what.add_argument("--fp32-residual", action="store_true", help="keep the residual stream in fp32")
     what.add_argument("--micro-batch-size", type=int, default=1, help="clips per pass and data rank")
-    what.add_argument("--global-batch-size", type=int, help="clips per optimizer step (default: one pass)")
+    what.add_argument("--global-batch-size", type=int, help="clips per optimizer step (default: one pass;"
+                      " with pipeline stages 4 per stage)")
     what.add_argument("--ema", action="store_true", help="keep an average of the weights")
     what.add_argument("--recompute-offload", action="store_true", help="inputs of recomputed blocks in host memory")
     what.add_argument("--optimizer-cpu-offload", action="store_true", help="Adam's moments in host memory")
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         where.add_argument(f"--{name}", type=int if name == "devices-per-node" else float, help=unit)
     fixed = parser.add_argument_group("fixed degrees (left out: the planner chooses)")
     for name, text in (("tp", "tensor parallel"), ("cp", "context parallel"), ("ulysses", "Ulysses part of it"),
+                       ("pp", "pipeline stages, without FSDP2"), ("vp", "virtual chunks on each stage"),
                        ("shard", "FSDP2 sharding size, 0: no FSDP2"), ("recompute", "blocks recomputed"),
                        ("cfg", "guidance branches on their own ranks, 1 or 2")):
         fixed.add_argument(f"--{name}", type=int, help=text)
@@ -97,10 +100,15 @@ def _job(args: argparse.Namespace) -> Job:
     chosen = _device(args)
     if args.optimizer_cpu_offload and args.optimizer == "adam8bit":
         raise ConfigError("--optimizer-cpu-offload with --optimizer adam8bit", fix="8-bit moments stay on the device")
+    if args.base_dtype and not args.lora:
+        raise ConfigError(f"--base-dtype {args.base_dtype} without --lora", fix="only a frozen base is held in 8 bits")
+    if args.infer and (args.pp or args.vp):
+        raise ConfigError("--pp and --vp plan training", where="--infer", fix="leave them out")
     return Job(
         model=PRESETS[args.task], latent=_latent(args), device=chosen, dims=ParallelDims(),
         training=not args.infer, precision=args.precision, fp32_residual=args.fp32_residual,
-        micro_batch=_at_least_one(args.micro_batch_size, "--micro-batch-size"), lora_rank=args.lora, ema=args.ema,
+        micro_batch=_at_least_one(args.micro_batch_size, "--micro-batch-size"), lora_rank=args.lora,
+        base=args.base_dtype, ema=args.ema,
         encoders=not args.features, steps=args.steps or sampling.num_steps,
         offload=args.recompute_offload,
         states="host" if args.optimizer_cpu_offload else "bytes" if args.optimizer == "adam8bit" else "device",
@@ -131,6 +139,7 @@ def _latent(args: argparse.Namespace) -> tuple[int, int, int]:
 def _search(args: argparse.Namespace) -> Search:
     return Search(
         devices=_at_least_one(args.devices, "--devices"), tensor=args.tp, context=args.cp, ulysses=args.ulysses,
+        pipeline=args.pp, virtual=args.vp,
         sequence_parallel=False if args.no_sp else None, shard=args.shard, recomputed=args.recompute,
         global_batch=args.global_batch_size, cfg=args.cfg,
     )

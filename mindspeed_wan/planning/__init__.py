@@ -2,6 +2,8 @@
 
 - ``devices``   accelerators and their links: presets and overrides
 - ``job``       one job: model, clip, layout, what is trained and what is recomputed
+- ``stages``    what each pipeline stage holds and has under way, and the bubble
+- ``activations``  bytes kept for the backward pass
 - ``memory``    bytes per rank, by part and by moment of a step
 - ``traffic``   bytes per collective, and which links they cross
 - ``duration``  seconds per step: compute, exposed communication, MFU

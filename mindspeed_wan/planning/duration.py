@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mindspeed_wan.models.wan.flops import forward_flops, training_flops
+from mindspeed_wan.planning.activations import block_input
 from mindspeed_wan.planning.job import Job
-from mindspeed_wan.planning.memory import TEXT_ENCODER_PARAMETERS, block_input
+from mindspeed_wan.planning.memory import TEXT_ENCODER_PARAMETERS
+from mindspeed_wan.planning.stages import most_trained
 from mindspeed_wan.planning.traffic import Collective, collectives
 
 ATTENTION_BACKWARD = 2.5
@@ -94,7 +96,9 @@ def _forward_compute(job: Job) -> tuple[float, float]:
     share = job.micro_batch / layers / (job.dims.tensor * job.dims.context)
     attention = (flops.self_attention + flops.cross_attention) * share / (device.peak_flops * device.attention)
     linear = flops.linear * share / (device.peak_flops * device.linear)
-    return attention, linear + _elementwise_bytes(job) / device.bandwidth
+    # An 8-bit layer is read, written in the compute type, and read again by the product.
+    decoded = job.sizes.block * (1 + job.element) if job.base else 0
+    return attention, linear + (_elementwise_bytes(job) + decoded) / device.bandwidth
 
 
 def _elementwise_bytes(job: Job) -> float:
@@ -152,14 +156,15 @@ def _backward(job: Job, found: list[Collective], *, recomputed: bool) -> _Pass:
 
 
 def _training(job: Job) -> Duration:
-    found, layers = collectives(job), job.model.num_layers
+    found, layers = collectives(job), job.blocks
     passes = [(_forward(job, found), layers), (_backward(job, found, recomputed=False), layers - job.recomputed),
               (_backward(job, found, recomputed=True), job.recomputed)]
     parts = _sum_passes(passes, job.accumulation)
-    once = [c for c in found if not c.per_block]
+    parts["exposed offload"] = job.accumulation * _exposed_offload(job, passes[0][0], passes[2][0])
+    parts["exposed pipeline"], parts["pipeline bubble"] = _pipeline(job, found, sum(parts.values()))
+    once = [c for c in found if not c.per_block and not c.between_stages]
     parts["exposed gradients"] = sum(c.seconds(job.device) * c.calls * (1 if c.phase == "step" else job.accumulation)
                                      for c in once)
-    parts["exposed offload"] = job.accumulation * _exposed_offload(job, passes[0][0], passes[2][0])
     parts["optimizer"] = _optimizer(job)
     if job.encoders:
         parts["encoders"] = job.accumulation * job.micro_batch * (
@@ -170,6 +175,19 @@ def _training(job: Job) -> Duration:
     useful = job.clips_per_step * training_flops(job.model, job.latent) * (2 / 3 if job.lora_rank else 1.0)
     mfu = useful / step / (job.device.peak_flops * job.dims.world_size)
     return Duration(parts, mfu, job.clips_per_step / step)
+
+
+def _pipeline(job: Job, found: Iterable[Collective], work: float) -> tuple[float, float]:
+    """Return the seconds of a step that stages wait for what others send, and for the first and last micro-batch.
+
+    1F1B sends between passes; with virtual chunks the sends run beside the next chunk.
+    """
+    dims = job.dims
+    if dims.pipeline == 1:
+        return 0.0, 0.0
+    sent = job.accumulation * sum(c.seconds(job.device) * c.calls for c in found if c.between_stages)
+    sent = _not_hidden(sent, work) if dims.virtual > 1 else sent
+    return sent, (work + sent) / job.accumulation * (dims.pipeline - 1) / dims.virtual
 
 
 def _exposed_offload(job: Job, forward: _Pass, backward: _Pass) -> float:
@@ -183,8 +201,9 @@ def _exposed_offload(job: Job, forward: _Pass, backward: _Pass) -> float:
 def _optimizer(job: Job) -> float:
     """Return the seconds of the update; offloaded state is copied beside it, on a link that is slower by far."""
     traffic = UPDATE_BYTES + (ENCODING_TRAFFIC if job.states == "bytes" else 0)
-    update = traffic * job.trained.shard / job.device.bandwidth
-    return update if job.states != "host" else max(update, STATE_TRAVEL * job.trained.shard / HOST_LINK)
+    trained = most_trained(job)
+    update = traffic * trained / job.device.bandwidth
+    return update if job.states != "host" else max(update, STATE_TRAVEL * trained / HOST_LINK)
 
 
 def _generation(job: Job) -> Duration:

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from mindspeed_wan.lora.spec import DEFAULT_TARGETS, match_targets
+from mindspeed_wan.models.quantization_spec import QuantizationSpec
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.param_map import Param, parameter_table
 from mindspeed_wan.parallel.dims import ParallelDims
@@ -17,6 +18,9 @@ States = Literal["device", "host", "bytes"]
 """Where Adam's moments are: fp32 on the device or in host memory, or 8 bits each on the device."""
 Kernels = Literal["cpu", "cuda", "npu"]
 """Whose norms, rotation and attention run (``platforms/ops.py``): they save different things for the backward pass."""
+
+EightBits = Literal["fp8", "int8"]
+"""How the linear layers of a frozen base are held."""
 
 ELEMENT = {"fp32": 4, "bf16": 2}
 """Bytes of one number."""
@@ -35,6 +39,7 @@ class Job:
         offload: the inputs of recomputed blocks are in host memory between the passes.
         states: where the moments are.
         lora_rank: adapters of this rank on the default targets are trained, nothing else; 0 trains all weights.
+        base: the frozen base's linear layers are held in 8 bits; ``None`` is the compute type.
         encoders: VAE and text encoder run in the job (not with cached features).
         guidance: forward passes per step of a generation (2 with classifier-free guidance).
         cfg: guidance branches that run on ranks of their own (1 or 2).
@@ -57,6 +62,7 @@ class Job:
     micro_batch: int = 1
     accumulation: int = 1
     lora_rank: int = 0
+    base: EightBits | None = None
     ema: bool = False
     encoders: bool = True
     text_encoder_on_host: bool = True
@@ -82,8 +88,19 @@ class Job:
 
     @property
     def wrapped(self) -> bool:
-        """FSDP2 hooks are around the blocks."""
-        return self.fsdp2 or (self.training and self.precision == "bf16")
+        """FSDP2 hooks are around the blocks; pipeline stages hold bf16 parameters themselves."""
+        return self.fsdp2 or (self.training and self.precision == "bf16" and self.dims.pipeline == 1)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on one rank: of the largest pipeline stage (an even split, the first stages take the remainder)."""
+        return sum(-(-(self.model.num_layers - chunk * self.dims.pipeline) // self.chunks)
+                   for chunk in range(self.dims.virtual))
+
+    @property
+    def chunks(self) -> int:
+        """Runs of blocks along the model: virtual chunks of all stages."""
+        return self.dims.pipeline * self.dims.virtual
 
     @property
     def tokens(self) -> int:
@@ -117,6 +134,12 @@ class Job:
         if not self.lora_rank:
             return self.sizes
         return lora_sizes(self.model, self.lora_rank, self.dims.tensor, self.dims.shard_size if self.fsdp2 else 1)
+
+    @cached_property
+    def base_bytes(self) -> UnitSizes:
+        """Bytes of a base on one rank, as it is stored and gathered: in the compute type, or 8 bits."""
+        return frozen_bytes(self.model, self.dims.tensor, self.dims.shard_size if self.fsdp2 else 1, self.element,
+                            self.base)
 
 
 @dataclass(frozen=True)
@@ -168,3 +191,22 @@ def lora_sizes(model: WanConfig, rank: int, tensor: int, shard: int) -> UnitSize
         block += rank * (rows + columns)
         kept += -(-rank // shard) * columns + -(-rows // shard) * rank
     return UnitSizes(block, 0, 0, kept * model.num_layers, block * model.num_layers)
+
+
+@lru_cache(maxsize=256)
+def frozen_bytes(model: WanConfig, tensor: int, shard: int, element: int, base: EightBits | None) -> UnitSizes:
+    """Return the bytes of the frozen base: ``element`` per value, but 1 for the linear layers of blocks where ``base``
+    is given, and a fp32 scale per row of these; row-parallel ranks hold all scales."""
+    sizes = unit_sizes(model, tensor, shard)
+    found = {name: element * getattr(sizes, name) for name in ("block", "outside", "head", "shard", "whole")}
+    layers = model.num_layers
+    eight = [] if base is None else QuantizationSpec(f"{base}_weight_only").layers(
+        model.with_changes(num_layers=1)).values()
+    for param in eight:
+        rows, columns = _local_shape(param, tensor)
+        scales = 4 * rows
+        saved = (element - 1) * columns
+        found["block"] += scales - saved * rows
+        found["whole"] += layers * (scales - saved * rows)
+        found["shard"] += layers * -(-rows // shard) * (4 - saved)
+    return UnitSizes(**found)

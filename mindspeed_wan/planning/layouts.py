@@ -14,9 +14,13 @@ from mindspeed_wan.planning.devices import GIB
 from mindspeed_wan.planning.duration import Duration, plan_duration
 from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.memory import MemoryPlan, plan_memory
+from mindspeed_wan.planning.stages import FSDP2_REASON, PER_STAGE, check_micro_batches, stages
 
 MAX_TENSOR = 8
 MAX_CONTEXT = 64
+STAGES = (1, 2, 4, 8)
+CHUNKS = (1, 2)
+"""Pipeline stages and virtual chunks that are tried where none are asked for."""
 USABLE = 0.95
 """Share of a device's memory a layout may fill: drivers keep some, and clips of a bucket differ in size."""
 
@@ -56,13 +60,17 @@ class Search:
         devices: ranks of the job.
         shard: FSDP2's sharding size; 0 is no FSDP2.
         recomputed: blocks recomputed; ``None`` takes the fewest that fit.
-        global_batch: clips per optimizer step; ``None`` is one micro-batch per data rank.
+        pipeline: stages of a training job; ``virtual`` chunks on each.
+        global_batch: clips per optimizer step; ``None`` is one micro-batch per data rank, with pipeline stages
+            ``PER_STAGE`` per stage.
     """
 
     devices: int
     tensor: int | None = None
     context: int | None = None
     ulysses: int | None = None
+    pipeline: int | None = None
+    virtual: int | None = None
     sequence_parallel: bool | None = None
     shard: int | None = None
     recomputed: int | None = None
@@ -85,10 +93,12 @@ def describe(job: Job) -> str:
     if dims.context > 1:
         kind = "Ulysses" if dims.ring == 1 else "ring" if dims.ulysses_size == 1 else f"Ulysses {dims.ulysses_size}"
         words.append(f"CP{dims.context} ({kind}{f' x ring {dims.ring}' if 'Ulysses ' in kind else ''})")
+    if dims.pipeline > 1:
+        words.append(f"PP{dims.pipeline}" + (f" x {dims.virtual} chunks" if dims.virtual > 1 else ""))
     if job.training:
         words.append(f"DP{dims.data}")
         words.append(f"FSDP2/{dims.shard_size}" if job.fsdp2 else "no FSDP2")
-        words.append(f"recompute {job.recomputed}/{job.model.num_layers}{' but attention' * job.keep_attention}"
+        words.append(f"recompute {job.recomputed}/{job.blocks}{' but attention' * job.keep_attention}"
                      f"{' offloaded' * job.offload}")
         words += {"device": [], "host": ["moments on the host"], "bytes": ["8-bit moments"]}[job.states]
         if job.accumulation > 1:
@@ -117,14 +127,40 @@ def _attempts(job: Job, wanted: Search) -> Iterator[tuple[str, Layout | str]]:
     for tensor in _choices(wanted.tensor, wanted.devices, MAX_TENSOR):
         for context in _choices(wanted.context, wanted.devices, MAX_CONTEXT):
             for ulysses in _choices(wanted.ulysses, context, context):
-                name = f"TP{tensor} CP{context} Ulysses {ulysses}"
-                try:
-                    for shard in _shards(wanted, job, tensor, context):
-                        dims = _dims(job, wanted, tensor, context, ulysses, shard)
-                        dims.validate(num_heads=job.model.num_heads, ffn_dim=job.model.ffn_dim)
-                        yield from _variants(job, wanted, dims, fsdp2=shard != 0)
-                except ConfigError as error:
-                    yield name, error.message
+                for pipeline, virtual in _pipelines(job, wanted, tensor * context):
+                    yield from _degrees(job, wanted, (tensor, context, ulysses), (pipeline, virtual))
+
+
+def _degrees(job: Job, wanted: Search, ranks: tuple[int, int, int],
+             staged: tuple[int, int]) -> Iterator[tuple[str, Layout | str]]:
+    (tensor, context, ulysses), (pipeline, virtual) = ranks, staged
+    name = f"TP{tensor} CP{context} Ulysses {ulysses}" + (
+        f" PP{pipeline} x {virtual} chunks" if virtual > 1 else f" PP{pipeline}" if pipeline > 1 else "")
+    try:
+        if pipeline > 1 and wanted.shard != 0:
+            yield (f"PP{pipeline} with FSDP2" if wanted.shard is None else name), FSDP2_REASON
+            if wanted.shard is not None:
+                return
+        for shard in _shards(wanted, job, tensor, context) if pipeline == 1 else [0]:
+            dims = _dims(job, wanted, ranks, staged, shard)
+            dims.validate(num_heads=job.model.num_heads, ffn_dim=job.model.ffn_dim)
+            if pipeline > 1:
+                stages(job.with_changes(dims=dims))  # every chunk gets a block
+            yield from _variants(job, wanted, dims, fsdp2=shard != 0)
+    except ConfigError as error:
+        yield name, error.message
+
+
+def _pipelines(job: Job, wanted: Search, ranks: int) -> list[tuple[int, int]]:
+    """Return (stages, chunks) worth trying: what is asked for, or a few that divide devices and blocks."""
+    free = wanted.devices // ranks if wanted.devices % ranks == 0 else 1
+    numbers = [n for n in STAGES if free % n == 0] if wanted.pipeline is None else [wanted.pipeline]
+    if not job.training:
+        numbers = [1]
+    chunks = CHUNKS if wanted.virtual is None else (wanted.virtual,)
+    if wanted.virtual is not None and wanted.pipeline is None:
+        numbers = [n for n in numbers if n > 1] or numbers if wanted.virtual > 1 else numbers
+    return [(n, v) for n in numbers for v in (chunks if n > 1 or wanted.virtual is not None else (1,))]
 
 
 def _choices(fixed: int | None, total: int, limit: int) -> list[int]:
@@ -144,10 +180,13 @@ def _shards(wanted: Search, job: Job, tensor: int, context: int) -> list[int | N
     return [None, *one_node, 0] if ranks > 1 else [0]
 
 
-def _dims(job: Job, wanted: Search, tensor: int, context: int, ulysses: int, shard: int | None) -> ParallelDims:
+def _dims(job: Job, wanted: Search, ranks: tuple[int, int, int], staged: tuple[int, int],
+          shard: int | None) -> ParallelDims:
+    tensor, context, ulysses = ranks
     sequence = wanted.sequence_parallel if wanted.sequence_parallel is not None else tensor > 1
     return ParallelDims(world_size=wanted.devices, tensor=tensor, sequence_parallel=sequence, context=context,
-                        ulysses=ulysses, shard=shard or (None if shard is None else 1))
+                        ulysses=ulysses, pipeline=staged[0], virtual=staged[1],
+                        shard=shard or (None if shard is None else 1))
 
 
 def _variants(job: Job, wanted: Search, dims: ParallelDims, *, fsdp2: bool) -> Iterator[tuple[str, Layout | str]]:
@@ -163,6 +202,9 @@ def _variants(job: Job, wanted: Search, dims: ParallelDims, *, fsdp2: bool) -> I
                 f" x {dims.data} data ranks"
             return
         one = one.with_changes(accumulation=wanted.global_batch // per_pass)
+    elif dims.pipeline > 1:
+        one = one.with_changes(accumulation=PER_STAGE * dims.pipeline)
+    check_micro_batches(one)
     yield _fit_recompute(one, wanted.recomputed)
 
 
@@ -171,7 +213,7 @@ def _fit_recompute(job: Job, fixed: int | None) -> tuple[str, Layout | str]:
     found = [layout for keep in (False, True)
              if (layout := _fewest(job.with_changes(keep_attention=keep), fixed)) is not None]
     if not found:
-        most = job.with_changes(recomputed=job.model.num_layers if fixed is None else fixed)
+        most = job.with_changes(recomputed=job.blocks if fixed is None else fixed)
         return describe(most), _too_large(plan_memory(most), job)
     best = min(found, key=lambda layout: (layout.duration.step, layout.memory.total))
     return best.name, best
@@ -179,7 +221,7 @@ def _fit_recompute(job: Job, fixed: int | None) -> tuple[str, Layout | str]:
 
 def _fewest(job: Job, fixed: int | None) -> Layout | None:
     """Return the layout with the fewest recomputed blocks that fits; memory falls with each."""
-    low, high = (0, job.model.num_layers) if fixed is None else (fixed, fixed)
+    low, high = (0, job.blocks) if fixed is None else (fixed, fixed)
     if not _fits(plan_memory(job.with_changes(recomputed=high)), job):
         return None
     while low < high:

@@ -1,25 +1,27 @@
 """Bytes on one rank at every moment of a step, by part. Every formula is read off the model's own code.
 
-What a block keeps for its backward pass, with D hidden size, F feed-forward size, N heads of d channels, t tensor
-ranks, n tokens of this context rank (n/t under sequence parallelism where marked *), e and r the bytes of a number in
-the products and in the residual stream:
-
-    residual stream and branch outputs   x, update, x, x, update        * n D (3 r + 2 e)
-    inputs of the tensor regions         three                            n D 3 e
-    self-attention                       q, k, v, out                     n D 4 e / t   (+ e / t: Ulysses' way back)
-    cross-attention                      q, out                           n D 2 e / t
-    before the q/k norms                 q, k, cross q                    n D 3 norm / t
-    feed-forward                         before and after GELU            n F 2 e / t
-
-``norm`` is e, but more where tensor parallelism computes the norm over all heads from fp32 copies. To these come the
-rotation's table, statistics of norms and softmax, and the text's keys and values. A recomputed block keeps x alone.
+``activations`` has what is kept for the backward pass. With pipeline stages every stage is planned for itself
+(``stages`` says what it holds) and the largest one decides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mindspeed_wan.planning.activations import (
+    TRAVELLING_INPUTS,
+    block_activations,
+    block_input,
+    conditions,
+    embedding_activations,
+    head_activations,
+    outside_activations,
+    recomputed_block,
+    saved_activations,
+    voxels,
+)
 from mindspeed_wan.planning.job import Job
+from mindspeed_wan.planning.stages import Stage, extra_rows, held, stages, under_way
 
 VAE_PIXEL_BYTES = 20e3
 """Working memory of the VAE per pixel of a frame, fp32 (measured: decoding 480x832 took 7.3 GiB beside the weights)."""
@@ -36,8 +38,6 @@ BYTE_MOMENT = 1 + 4 / 256
 """Bytes of an 8-bit moment: its code, and a fp32 scale for 256 of them."""
 ENCODING_BYTES = 46
 """Working memory of encoding one 8-bit moment, per element of the tensor at hand."""
-TRAVELLING_INPUTS = 2
-"""Offloaded block inputs on the device: one is used while the other one travels."""
 FRAGMENTATION = 0.04
 """Share of the allocator's memory that is lost between blocks (expandable segments on)."""
 
@@ -81,11 +81,26 @@ class MemoryPlan:
 
 
 def plan_memory(job: Job) -> MemoryPlan:
-    """Return the moments of a training step, or of a generation."""
+    """Return the moments of a training step (with pipeline stages: of the largest stage), or of a generation."""
+    if job.dims.pipeline > 1:
+        # Earlier stages have more blocks and more micro-batches under way; the last one alone has the head.
+        found = stages(job)
+        return max((plan_stage(job, stage) for stage in (found[0], found[-1])), key=lambda plan: plan.total)
     moments = _training_moments(job) if job.training else _generation_moments(job)
+    return _on_device(job, moments, host_memory(job))
+
+
+def plan_stage(job: Job, stage: Stage) -> MemoryPlan:
+    """Return the moments of a training step on one pipeline stage."""
+    alive = max(_under_way(job, stage), key=lambda counts: _stage_activations(job, stage, counts))
+    inputs = _dot(alive, stage.recomputed(job.recomputed)) * block_input(job) if job.offload else 0.0
+    moments_there = 8.0 * held(job.trained, stage) if job.states == "host" else 0.0
+    return _on_device(job, _stage_moments(job, stage, alive), inputs + moments_there)
+
+
+def _on_device(job: Job, moments: list[Moment], host: float) -> MemoryPlan:
     on_host = job.kernels == "cpu"
-    return MemoryPlan(tuple(moments), 0.0 if on_host else RUNTIME_BYTES, 0.0 if on_host else FRAGMENTATION,
-                      host_memory(job))
+    return MemoryPlan(tuple(moments), 0.0 if on_host else RUNTIME_BYTES, 0.0 if on_host else FRAGMENTATION, host)
 
 
 def host_memory(job: Job) -> float:
@@ -96,125 +111,27 @@ def host_memory(job: Job) -> float:
     return inputs + (8.0 * job.trained.shard if job.states == "host" else 0.0)
 
 
-# ---- saved for the backward pass ---------------------------------------------------------------------------------
-
-
-def block_activations(job: Job) -> float:
-    """Bytes one block keeps for its backward pass, its input x included."""
-    model, e = job.model, job.element
-    dim, tensor = model.dim, job.dims.tensor
-    # A frozen gate (LoRA) needs no gradient, so the two branch outputs it multiplies are not kept.
-    updates = 0 if job.lora_rank else 2 * e
-    streams = dim * (2 * _saved_norm_input(job) + job.residual + updates) + _normed_copies(job) * dim * 4
-    inside = 3 * dim * e + dim * e * (6 + (job.dims.ulysses_size > 1)) / tensor
-    inside += 3 * dim * _saved_head_norm(job) / tensor + 2 * model.ffn_dim * e / tensor
-    statistics = 3 * 8 + 3 * 4 + 2 * _softmax_bytes(job) * model.num_heads / tensor
-    inside += 10 * job.lora_rank * e  # what A gives, of ten adapters
-    n = job.local_tokens
-    return n / job.sequence_parts * streams + n * (inside + _rotation_bytes(job) + statistics) + _text_activations(job)
-
-
-def block_input(job: Job) -> float:
-    """Bytes of the residual stream that enters a block."""
-    return job.local_tokens / job.sequence_parts * job.model.dim * job.residual
-
-
-def recomputed_block(job: Job) -> float:
-    """Bytes a recomputed block keeps: its input, and with ``keep_attention`` what every attention operator gave.
-
-    A ring runs the operator once per neighbour.
-    """
-    if not job.keep_attention:
-        return block_input(job)
-    one = (job.model.dim * job.element + _softmax_bytes(job) * job.model.num_heads) / job.dims.tensor
-    return block_input(job) + (1 + job.dims.ring) * one * job.local_tokens
-
-
-def _saved_norm_input(job: Job) -> int:
-    """adaLN keeps its input; where the kernel wants fp32 and the stream is bf16, it keeps an fp32 copy instead."""
-    fits = job.kernels == "cpu" and job.micro_batch == 1
-    return job.residual if fits or job.residual == 4 else 4
-
-
-def _normed_copies(job: Job) -> int:
-    """adaLN's normalised fp32 input is kept where scale and shift are not the norm's own weights (per-clip values)."""
-    return 2 if job.micro_batch > 1 or job.kernels == "npu" else 0
-
-
-def _saved_head_norm(job: Job) -> int:
-    """RMS norm keeps its input; over tensor ranks it keeps fp32 copies: of the input (bf16: two) and the quotient."""
-    if job.dims.tensor == 1:
-        return job.element
-    return 8 if job.element == 4 else 12
-
-
-def _softmax_bytes(job: Job) -> int:
-    """Per head and token: the log-sum-exp, or the NPU kernel's maximum and sum, eight times each."""
-    return 64 if job.kernels == "npu" else 4
-
-
-def _rotation_bytes(job: Job) -> float:
-    """Per token: the complex table of q and of k; the NPU's kernel keeps its fp32 inputs."""
-    if job.kernels == "npu":
-        return 8 * job.model.dim / job.dims.tensor
-    return 8 * job.model.head_dim
-
-
-def _text_activations(job: Job) -> float:
-    rows = job.model.text_len * job.micro_batch
-    keys = _saved_head_norm(job) + job.element
-    return rows * job.model.dim * (keys + job.element) / job.dims.tensor
-
-
-def outside_activations(job: Job) -> float:
-    """Bytes kept by embeddings, head and loss; the head normalises and projects in fp32."""
-    model, e = job.model, job.element
-    per_token = 2 * 4 * model.dim + model.in_channels * model.patch_volume * e
-    if job.lora_rank:
-        per_token = 4 * model.dim  # frozen embeddings and head: the head's norm keeps its input
-    velocity = 4 * model.out_channels * _voxels(job)
-    return job.local_tokens / job.sequence_parts * per_token + velocity + _conditions(job)
-
-
-def _conditions(job: Job) -> float:
-    """What the text and time branches keep until the very end: activations, and fp32 copies of bf16 time weights."""
-    model, e = job.model, job.element
-    rows = model.text_len * job.micro_batch
-    if job.lora_rank:
-        return float(rows * model.dim * e)  # the embedded text, input of every block's adapters
-    text = rows * (model.text_dim + 3 * model.dim) * e
-    time = 0 if e == 4 else 4 * (7 * model.dim * model.dim + model.dim * model.out_channels * model.patch_volume)
-    return float(text + time)
-
-
-def _voxels(job: Job) -> int:
-    frames, height, width = job.latent
-    return frames * height * width * job.micro_batch
-
-
-def saved_activations(job: Job) -> float:
-    """Bytes kept between forward and backward: every block's, recomputed ones their input."""
-    kept = job.model.num_layers - job.recomputed
-    away = max(job.recomputed - TRAVELLING_INPUTS, 0) if job.offload else 0
-    return kept * block_activations(job) + job.recomputed * recomputed_block(job) - away * block_input(job) \
-        + outside_activations(job)
-
-
 # ---- moments -----------------------------------------------------------------------------------------------------
 
 
-def _state_parts(job: Job) -> dict[str, float]:
-    """Return what is there between steps: fp32 weights (a frozen base in the compute type) and moments."""
-    trained = job.trained.shard
+def _state_parts(job: Job, stage: Stage | None = None) -> dict[str, float]:
+    """Return what is there between steps: fp32 weights (a frozen base in its own type) and moments.
+
+    A pipeline stage computes with bf16 parameters of its own beside the fp32 masters, and holds all micro-batches.
+    """
+    trained = job.trained.shard if stage is None else held(job.trained, stage)
     moment = {"device": 4.0, "host": 0.0, "bytes": BYTE_MOMENT}[job.states]
     parts = {"weights (fp32)": 4.0 * trained, "Adam moments": 2 * moment * trained}
     if job.lora_rank:
-        parts["frozen weights"] = float(job.element * job.sizes.shard)
+        parts["frozen weights"] = float(job.base_bytes.shard if stage is None else held(job.base_bytes, stage))
+    elif stage is not None and job.precision == "bf16":
+        parts["weights (bf16)"] = 2.0 * trained
     if job.ema:
         parts["EMA"] = 4.0 * trained
     parts["rotary tables"] = job.local_tokens / job.micro_batch * job.model.head_dim * 8.0
-    parts["batch"] = 4.0 * (job.model.in_channels + job.model.out_channels) * _voxels(job) \
+    batch = 4.0 * (job.model.in_channels + job.model.out_channels) * voxels(job) \
         + 4.0 * job.micro_batch * job.model.text_len * job.model.text_dim
+    parts["batch"] = batch * (1 if stage is None else job.accumulation)
     return parts
 
 
@@ -222,8 +139,14 @@ def _gathered_parts(job: Job) -> dict[str, float]:
     """Whole parameters that FSDP2 has gathered: a block is used while the next one arrives."""
     if not job.wrapped:
         return {}
-    sizes = job.sizes
-    return {"gathered parameters": float((sizes.outside + sizes.head + 2 * sizes.block) * job.element)}
+    sizes = job.base_bytes
+    return {"gathered parameters": float(sizes.outside + sizes.head + 2 * sizes.block)}
+
+
+def _decoded_layer(job: Job) -> dict[str, float]:
+    """An 8-bit layer is decoded while it runs; the feed-forward's are the largest."""
+    largest = job.model.dim * job.model.ffn_dim / job.dims.tensor
+    return {"decoded weights": largest * job.element} if job.base else {}
 
 
 def _gradient_buffers(job: Job) -> dict[str, float]:
@@ -243,7 +166,8 @@ def _block_temporaries(job: Job) -> float:
 
 
 def _training_moments(job: Job) -> list[Moment]:
-    states, gathered, gradients = _state_parts(job), _gathered_parts(job), 4.0 * job.trained.shard
+    states, gradients = _state_parts(job), 4.0 * job.trained.shard
+    gathered = {**_gathered_parts(job), **_decoded_layer(job)}
     standing = gradients if job.accumulation > 1 else 0.0
     begin = {**states, **gathered, "activations": saved_activations(job), "gradients": standing,
              "temporaries": _head_temporaries(job)}
@@ -251,26 +175,60 @@ def _training_moments(job: Job) -> list[Moment]:
             "activations": _activations_at_last_block(job),
             "gradients": standing or gradients * _share_of_later_blocks(job)}
     update = {**states, "gradients": gradients}
-    temporaries = _update_temporaries(job)
-    if temporaries:
-        update["optimizer temporaries"] = temporaries
+    update["optimizer temporaries"] = _update_temporaries(job, job.trained.shard)
     moments = [Moment("backward begins", begin), Moment("backward of block 0", last), Moment("update", update)]
     if job.recomputed == job.model.num_layers:
         again = saved_activations(job) + block_activations(job) - recomputed_block(job) - outside_activations(job)
         moments.append(Moment("backward of the last block", {
             **begin, "activations": again, "temporaries": _block_temporaries(job)}))
+    return _with_encoders(job, moments, states)
+
+
+def _with_encoders(job: Job, moments: list[Moment], states: dict[str, float]) -> list[Moment]:
     if job.encoders:
-        moments += _encoding_moments(job, states)
+        moments = [*moments, *_encoding_moments(job, states)]
     encoders = _resident_encoders(job)
     return [Moment(m.name, _present({**m.parts, **encoders})) for m in moments]
 
 
-def _update_temporaries(job: Job) -> float:
+def _under_way(job: Job, stage: Stage) -> tuple[tuple[int, ...], ...]:
+    return under_way(job.dims.pipeline, job.dims.virtual, job.accumulation, stage.number)
+
+
+def _dot(counts: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+    return sum(count * size for count, size in zip(counts, sizes))
+
+
+def _stage_activations(job: Job, stage: Stage, alive: tuple[int, ...]) -> float:
+    """Bytes kept by ``alive[c]`` micro-batches of chunk c: their blocks', what arrived with them, both ends'."""
+    again = _dot(alive, stage.recomputed(job.recomputed))
+    away = max(again - TRAVELLING_INPUTS, 0) if job.offload else 0
+    kept = (_dot(alive, stage.chunks) - again) * block_activations(job)
+    ends = alive[0] * embedding_activations(job) * stage.first + alive[-1] * head_activations(job) * stage.last
+    arrived = sum(alive) * extra_rows(job) * job.model.dim * job.residual
+    return kept + again * recomputed_block(job) - away * block_input(job) + ends + arrived
+
+
+def _stage_moments(job: Job, stage: Stage, alive: tuple[int, ...]) -> list[Moment]:
+    """The fullest moment of the schedule, a forward pass just ended and a backward pass begins; and the update."""
+    states, trained = _state_parts(job, stage), held(job.trained, stage)
+    gradients, recomputed = 4.0 * trained, stage.recomputed(job.recomputed)
+    activations = _stage_activations(job, stage, alive)
+    if any(again == size for again, size in zip(recomputed, stage.chunks)):
+        activations += block_activations(job) - recomputed_block(job)
+    temporaries = max(_block_temporaries(job), _head_temporaries(job) if stage.last else 0.0)
+    backward = {**states, **_decoded_layer(job), "activations": activations, "temporaries": temporaries,
+                "gradients": gradients if job.accumulation > 1 else 0.0}
+    update = {**states, "gradients": gradients, "optimizer temporaries": _update_temporaries(job, trained)}
+    return _with_encoders(job, [Moment("backward, most micro-batches under way", backward), Moment("update", update)],
+                          states)
+
+
+def _update_temporaries(job: Job, trained: float) -> float:
     """fp32 copies of moments that live elsewhere, a batch at a time; one number per parameter of an unfused update.
 
     Encoding a moment works on one tensor at a time; the largest are the feed-forward's.
     """
-    trained = job.trained.shard
     unfused = 0.0 if job.fused_optimizer else 4.0 * trained
     if job.states == "device":
         return unfused
@@ -284,7 +242,7 @@ def _update_temporaries(job: Job) -> float:
 
 def _activations_at_last_block(job: Job) -> float:
     """Block 0 is whole (kept or recomputed); later blocks are gone, and so is the head."""
-    return block_activations(job) + _conditions(job)
+    return block_activations(job) + conditions(job)
 
 
 def _share_of_later_blocks(job: Job) -> float:
@@ -324,7 +282,7 @@ def _generation_moments(job: Job) -> list[Moment]:
     widest = max(inside / tensor, (2 * model.ffn_dim / tensor + model.dim) * e)
     per_token = widest + (model.dim * (2 * job.residual + e + 4)) / job.sequence_parts
     denoise = {**weights, "text context": float(context), "activations": n * per_token,
-               "latents": 6 * 4.0 * model.out_channels * _voxels(job), **_gathered_parts(job)}
+               "latents": 6 * 4.0 * model.out_channels * voxels(job), **_gathered_parts(job)}
     moments = [Moment("denoising", _present(denoise))]
     if job.encoders:
         vae = {"VAE": VAE_PARAMETERS * 4.0, **_vae_parts(job)}

@@ -9,8 +9,10 @@ from typing import Any
 
 from mindspeed_wan.planning.devices import GIB
 from mindspeed_wan.planning.layouts import Layout, Plan
+from mindspeed_wan.planning.memory import plan_stage
 from mindspeed_wan.planning.scaling import ScalingRow
-from mindspeed_wan.planning.traffic import collectives
+from mindspeed_wan.planning.stages import bubble, held, stages
+from mindspeed_wan.planning.traffic import bytes_between_stages, collectives
 
 SHOWN = 6
 """Layouts and refusals listed unless all are asked for."""
@@ -57,6 +59,8 @@ def details(layout: Layout) -> list[str]:
     if memory.host:
         lines.append(f"page-locked host memory: {memory.host / GIB:.1f} GiB per device,"
                      f" {memory.host * min(job.device.per_node, job.dims.world_size) / GIB:.0f} GiB per node")
+    if job.dims.pipeline > 1:
+        lines += _stage_lines(layout)
     lines.append("time of one step")
     lines += _columns(time.parts, 1.0, "s")
     found = collectives(job)
@@ -65,6 +69,26 @@ def details(layout: Layout) -> list[str]:
         lines += [f"  {c.purpose:<36} {c.kind:<14} {c.phase:<8} x{c.calls}{' ' if c.per_block else '*'}"
                   f" {c.payload / 1e6:10.2f} MB  over {c.size} ranks" for c in found]
     return lines
+
+
+def _stage_lines(layout: Layout) -> list[str]:
+    dims = layout.job.dims
+    idle = bubble(dims.pipeline, dims.virtual, layout.job.accumulation)
+    lines = [f"pipeline: {layout.job.accumulation} micro-batches, {idle:.1%} of their time in the bubble,"
+             f" {bytes_between_stages(layout.job) / 1e9:.2f} GB sent per step and rank"]
+    for stage in stage_rows(layout):
+        lines.append(f"  stage {stage['stage']}: {'+'.join(map(str, stage['chunks']))} blocks,"
+                     f" {stage['parameters'] / 1e9:.2f} G parameters, {stage['memory_bytes'] / GIB:.1f} GiB")
+    return lines
+
+
+def stage_rows(layout: Layout) -> list[dict[str, Any]]:
+    """Return blocks, parameters on one rank and bytes of every pipeline stage."""
+    job = layout.job
+    if job.dims.pipeline == 1:
+        return []
+    return [{"stage": stage.number, "chunks": list(stage.chunks), "parameters": held(job.sizes, stage),
+             "memory_bytes": plan_stage(job, stage).total} for stage in stages(job)]
 
 
 def _columns(parts: Mapping[str, float], unit: float, name: str) -> list[str]:
@@ -92,10 +116,13 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
     """Return everything known about a layout as JSON-ready values."""
     job, memory, time = layout.job, layout.memory, layout.duration
     dims = job.dims
+    staged = {"stages": stage_rows(layout), "bytes_between_stages": bytes_between_stages(job),
+              "bubble": bubble(dims.pipeline, dims.virtual, job.accumulation)} if dims.pipeline > 1 else {}
     return {
         "name": layout.name,
         "tensor": dims.tensor, "sequence_parallel": dims.sequence_parallel, "context": dims.context,
         "ulysses": dims.ulysses_size, "ring": dims.ring, "data": dims.data,
+        "pipeline": dims.pipeline, "virtual": dims.virtual, **staged, "base": job.base,
         "shard": dims.shard_size if job.fsdp2 else None,
         "recomputed_blocks": job.recomputed, "keep_attention": job.keep_attention,
         "offload": job.offload, "states": job.states, "host_bytes": memory.host,
@@ -110,23 +137,26 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
     }
 
 
-def start(layout: Layout, task: str) -> list[str]:
+def start(layout: Layout, task: str, script: str = "pretrain_high.sh") -> list[str]:
     """Return how this layout is started with the launch scripts: the line, and what the FSDP2 file must say."""
     job, dims = layout.job, layout.job.dims
     words = [f"TP={dims.tensor}", f"CP={dims.context}"] + (["SP=1"] if dims.sequence_parallel else [])
+    words += [f"PP={dims.pipeline}"] if dims.pipeline > 1 else []
+    words += [f"VP={dims.virtual}"] if dims.virtual > 1 else []
     if dims.ring > 1:
         words.append("CP_ALGO=megatron_cp_algo" if dims.ulysses_size == 1
                      else f"CP_ALGO=hybrid_cp_algo ULYSSES_DEGREE={dims.ulysses_size}")
     words += [f"MBS={job.micro_batch}", f"GRAD_ACC_STEP={job.accumulation}"]
     if not job.fsdp2:
         words.append("FSDP_CONFIG=")
-    words.append(f"bash examples/wan2.2/A14B/{task}/pretrain_high.sh")
-    if job.recomputed and (job.recomputed < job.model.num_layers or job.keep_attention or not job.fsdp2):
+    words.append(f"bash examples/wan2.2/A14B/{task}/{script}")
+    if job.recomputed and (job.recomputed < job.blocks or job.keep_attention or not job.fsdp2):
         words.append(f"--recompute-granularity full --recompute-method block --recompute-num-layers {job.recomputed}")
     if job.keep_attention:
         words.append("--recompute-skip-core-attention")
     if job.offload and job.recomputed:
         words.append("--recompute-offload")
+    words += [f"--base-dtype {job.base}"] if job.base else []
     words += {"device": [], "host": ["--optimizer-cpu-offload"], "bytes": ["--optimizer adam8bit"]}[job.states]
     lines = [f"start it: {' '.join(words)}"]
     if job.fsdp2:

@@ -2,7 +2,7 @@
 
 Ranks are numbered as ``ParallelDims`` says (tensor fastest, then Ulysses, ring, data), so a group is ``size`` ranks
 ``stride`` apart. Bytes are the payload of one call on one rank: the whole tensor for gathers, reductions and
-exchanges, what is passed on for a ring.
+exchanges, what is passed on for a ring or to the next pipeline stage.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Literal
 
 from mindspeed_wan.planning.devices import Device
 from mindspeed_wan.planning.job import Job
+from mindspeed_wan.planning.stages import most_trained, wire_bytes
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "hop"]
 Phase = Literal["forward", "backward", "step"]
 
 LINK_SHARE = 0.8
@@ -49,9 +50,14 @@ class Collective:
     hidden: Literal["attention", "block"] | None = None
 
     @property
+    def between_stages(self) -> bool:
+        """It passes a micro-batch from stage to stage."""
+        return self.kind == "hop"
+
+    @property
     def sent(self) -> float:
         """Bytes that leave this rank in one call."""
-        if self.kind == "send":
+        if self.kind in ("send", "hop"):
             return self.payload
         share = (self.size - 1) / self.size
         return self.payload * share * (2 if self.kind == "all_reduce" else 1)
@@ -61,6 +67,8 @@ class Collective:
         here = ranks_per_node(device, self.size, self.stride)
         nodes = math.ceil(self.size / here)
         latency = LATENCY_INTRA + (LATENCY_INTER * math.log2(nodes) if nodes > 1 else 0.0)
+        if self.kind == "hop":  # one rank to one rank: the slowest pair has one adapter
+            return latency + self.payload / (device.intra if nodes == 1 else device.inter) / LINK_SHARE
         if self.kind == "all_to_all":
             inside = self.payload * (here - 1) / self.size / device.intra
             outside = self.payload * (self.size - here) / self.size / device.inter
@@ -77,7 +85,8 @@ def ranks_per_node(device: Device, size: int, stride: int) -> int:
 
 def collectives(job: Job) -> list[Collective]:
     """Return every kind of collective of one micro-batch (forward, backward) and of one step; empty on one rank."""
-    return [c for c in (*_tensor(job), *_context(job), *_fsdp2(job), *_gradients(job)) if c.size > 1]
+    return [c for c in (*_tensor(job), *_context(job), *_fsdp2(job), *_pipeline(job),
+                      *_gradients(job)) if c.size > 1]
 
 
 def _phases(job: Job) -> tuple[Phase, ...]:
@@ -123,7 +132,7 @@ def _fsdp2(job: Job) -> list[Collective]:
     if not job.wrapped:
         return []
     group = (job.dims.shard_size if job.fsdp2 else 1, job.dims.tensor)
-    parameters, trained = float(job.sizes.block * job.element), 4.0 * job.trained.block
+    parameters, trained = float(job.base_bytes.block), 4.0 * job.trained.block
     found = [Collective("FSDP2: gather a block", "all_gather", *group, parameters, 1, phase, hidden="block")
              for phase in _phases(job)]
     if job.training:
@@ -135,14 +144,28 @@ def _fsdp2(job: Job) -> list[Collective]:
     return found
 
 
+def _pipeline(job: Job) -> list[Collective]:
+    """A stage in the middle, per micro-batch: every chunk sends its output on, and its input's gradient back."""
+    dims = job.dims
+    return [Collective("pipeline: to the next stage" if phase == "forward" else "pipeline: back to the one before",
+                       "hop", dims.pipeline, dims.stage_ranks, wire_bytes(job), dims.virtual, phase, per_block=False)
+            for phase in _phases(job)]
+
+
+def bytes_between_stages(job: Job) -> float:
+    """Return the bytes that one rank of a stage in the middle sends to other stages in one optimizer step."""
+    return job.accumulation * sum(c.sent * c.calls for c in collectives(job) if c.between_stages)
+
+
 def _gradients(job: Job) -> list[Collective]:
     """Without FSDP2's hooks gradients are reduced after the backward pass, in the open."""
     if not job.training:
         return []
     dims, found = job.dims, []
+    whole = job.trained.whole if dims.pipeline == 1 else most_trained(job)
     if not job.wrapped:
         found.append(Collective("data: average gradients", "all_reduce", dims.data * dims.context, dims.tensor,
-                                4.0 * job.trained.whole, 1, "step", per_block=False))
+                                4.0 * whole, 1, "step", per_block=False))
     everyone = dims.world_size
     found.append(Collective("loss, gradient norm", "all_reduce", everyone, 1, 12.0, 3, "step", per_block=False))
     return found
