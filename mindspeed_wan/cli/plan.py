@@ -10,10 +10,11 @@ from mindspeed_wan.errors import ConfigError, ResourceError, did_you_mean
 from mindspeed_wan.models.wan.config import PRESETS, SAMPLING_DEFAULTS
 from mindspeed_wan.models.wan.flops import latent_shape
 from mindspeed_wan.parallel.dims import ParallelDims
-from mindspeed_wan.planning import report
+from mindspeed_wan.planning import joint_report, report
 from mindspeed_wan.planning.devices import GB, GIB, Device, device
 from mindspeed_wan.planning.devices import PRESETS as DEVICES
 from mindspeed_wan.planning.job import Job
+from mindspeed_wan.planning.joint import JointPlan, plan_joint
 from mindspeed_wan.planning.layouts import Layout, Search, search
 from mindspeed_wan.planning.scaling import scaling
 
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("the devices")
     where.add_argument("--device", default="910B", help=f"preset: {', '.join(DEVICES)} (default 910B)")
     where.add_argument("--devices", type=int, default=8, help="how many (default 8)")
+    where.add_argument("--expert-ranks", metavar="HIGH,LOW", help="both experts side by side: so many devices each,"
+                       " even, or auto (the sensible split)")
+    where.add_argument("--expert-iters", metavar="HIGH,LOW", help="with it: iterations of each (default: equal)")
     for name, unit in (("memory", "GiB"), ("tflops", "dense bf16 TFLOP/s"), ("intra", "GB/s to devices of the node"),
                        ("inter", "GB/s to other nodes"), ("devices-per-node", "devices that share the fast links")):
         where.add_argument(f"--{name}", type=int if name == "devices-per-node" else float, help=unit)
@@ -69,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         ResourceError: no layout fits into the devices' memory.
     """
     job, wanted = _job(args), _search(args)
+    if args.expert_ranks is not None:
+        return _run_joint(args, job, wanted)
+    if args.expert_iters is not None:
+        raise ConfigError("--expert-iters without --expert-ranks", fix="say how the devices are divided: auto")
     plan = search(job, wanted)
     values = report.as_dict(plan)
     if not args.json:
@@ -84,6 +92,30 @@ def run(args: argparse.Namespace) -> int:
     if not plan.layouts:
         raise _nothing_runs(args, plan.refused[0].reason if plan.refused else "no degrees divide the devices")
     return 0
+
+
+def _run_joint(args: argparse.Namespace, job: Job, wanted: Search) -> int:
+    if args.infer or args.scaling or args.plot:
+        raise ConfigError("--expert-ranks plans training, without scaling", where="--expert-ranks",
+                          fix="leave --infer, --scaling and --plot out")
+    plan: JointPlan = plan_joint(job, wanted, args.expert_ranks, _iterations(args.expert_iters))
+    if args.json:
+        print(json.dumps(joint_report.as_dict(plan), indent=1))
+    else:
+        print(joint_report.text(plan, everything=args.all))
+        if plan.chosen.runs:
+            print(*joint_report.start(plan, args.task.partition("-")[0]), sep="\n")
+    for part in plan.chosen.plans:
+        if not part.layouts:
+            raise _nothing_runs(args, part.refused[0].reason if part.refused else "no degrees divide the devices")
+    return 0
+
+
+def _iterations(text: str | None) -> tuple[int, int]:
+    words = ("1,1" if text is None else text).split(",")
+    if len(words) != 2 or not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"'{text}' is not HIGH,LOW", where="--expert-iters", fix="for example 6000,3000")
+    return int(words[0]), int(words[1])
 
 
 def _nothing_runs(args: argparse.Namespace, reason: str) -> ConfigError | ResourceError:

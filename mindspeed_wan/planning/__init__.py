@@ -8,6 +8,7 @@
 - ``traffic``   bytes per collective, and which links they cross
 - ``duration``  seconds per step: compute, exposed communication, MFU
 - ``layouts``   every layout of a device count, ranked, with the reason for each refused one
+- ``joint``     both experts side by side: how the devices are divided; ``joint_report`` says so
 - ``scaling``   weak and strong scaling to thousands of devices
 - ``report``    all of it as text, JSON and plots
 - ``cluster``   from one description to Slurm, Kubeflow, Volcano, AscendJob and ModelArts files

@@ -137,7 +137,7 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
     }
 
 
-def start(layout: Layout, task: str, script: str = "pretrain_high.sh") -> list[str]:
+def start(layout: Layout, task: str, expert: str = "high") -> list[str]:
     """Return how this layout is started with the launch scripts: the line, and what the FSDP2 file must say."""
     job, dims = layout.job, layout.job.dims
     words = [f"TP={dims.tensor}", f"CP={dims.context}"] + (["SP=1"] if dims.sequence_parallel else [])
@@ -149,7 +149,8 @@ def start(layout: Layout, task: str, script: str = "pretrain_high.sh") -> list[s
     words += [f"MBS={job.micro_batch}", f"GRAD_ACC_STEP={job.accumulation}"]
     if not job.fsdp2:
         words.append("FSDP_CONFIG=")
-    words.append(f"bash examples/wan2.2/A14B/{task}/{script}")
+    words += [f"LORA_R={job.lora_rank}"] if job.lora_rank else []
+    words.append(f"bash examples/wan2.2/A14B/{task}/{'finetune_lora' if job.lora_rank else 'pretrain'}_{expert}.sh")
     if job.recomputed and (job.recomputed < job.blocks or job.keep_attention or not job.fsdp2):
         words.append(f"--recompute-granularity full --recompute-method block --recompute-num-layers {job.recomputed}")
     if job.keep_attention:

@@ -52,7 +52,9 @@ def _grow(job: Job, devices: int, batch: int | None) -> Job | None:
     if batch is None:
         return job.with_changes(dims=dims)
     per_pass = job.micro_batch * dims.data
-    return None if batch % per_pass else job.with_changes(dims=dims, accumulation=batch // per_pass)
+    if batch % per_pass or (dims.virtual > 1 and batch // per_pass % dims.pipeline):
+        return None
+    return job.with_changes(dims=dims, accumulation=batch // per_pass)
 
 
 def _row(job: Job, first: ScalingRow | None) -> ScalingRow:
