@@ -17,7 +17,7 @@ from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.guidance_options import GuidanceOptions
 from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
-from mindspeed_wan.inference.lora_options import LoraOptions
+from mindspeed_wan.inference.lora_options import MEMORY_NAMES, LoraOptions
 from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.inference.quantize_options import QuantizeOptions
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
@@ -189,8 +189,9 @@ class GenerateOptions:
         for name, legal in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in legal:
-                hint = did_you_mean(str(value), legal)
-                found.append(f"{name} is {value!r}; use one of {', '.join(legal)}" + (f" ({hint})" if hint else ""))
+                names = [*legal, *MEMORY_NAMES] if name == "memory" else legal  # what the command line takes
+                hint = did_you_mean(str(value), names)
+                found.append(f"{name} is {value!r}; use one of {', '.join(names)}" + (f" ({hint})" if hint else ""))
         if self.layout.ring > 1 and self.attention not in ("auto", "sdpa", "npu"):
             found.append(f"--attention {self.attention} with --ring_size {self.layout.ring}: the ring merges partial "
                          "results of kernels that give their log-sum-exp, which are auto's; drop it, or use Ulysses")

@@ -73,6 +73,6 @@ def test_from_the_launchers_two_ranks_train_both_adapters_and_a_video_is_made(wo
     record = json.loads((tmp_path / "video.json").read_text("utf-8"))
     assert (tmp_path / "video.mp4").is_file() and record["memory"] == "block"
     assert [weight for *_, weight in record["settings"]["lora"]["high"]] == [0.55]
-    refused = start(EXAMPLES / "A14B" / "inp" / "predict_t2v.sh", tmp_path, CKPT_DIR=str(world.model), LORA_LOW="",
-                    LORA_HIGH="", GPU_MEMORY_MODE="model_cpu_offload_and_qfloat8")
-    assert refused.returncode == 2 and "qfloat8" in refused.stderr
+    refused = start(EXAMPLES / "A14B" / "inp" / "predict_t2v.sh", tmp_path, "--task", "t2v-A14B", LORA_LOW="",
+                    LORA_HIGH="", CKPT_DIR=str(world.model), GPU_MEMORY_MODE="model_cpu_offload_and_qfloat")
+    assert refused.returncode == 2 and "did you mean 'model_cpu_offload_and_qfloat8'" in refused.stderr
