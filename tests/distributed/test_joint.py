@@ -212,7 +212,8 @@ def test_a_signal_for_one_rank_stops_both_experts(world: World, tmp_path: Path) 
     argv = world.flags(tmp_path, *both_flags(world), *EVEN, iters=500)
     results = run_joint(2, argv, signalled_rank, str(tmp_path / "low"))
     assert [code for code, _ in results] == [75, 75]
-    assert "stopped by the end of the low-noise expert (stopped by SIGTERM)" in results[0][1] and "saved" in results[0][1]
+    told = results[0][1]
+    assert "stopped by the end of the low-noise expert (stopped by SIGTERM)" in told and "saved" in told
     for expert in ("high", "low"):
         saved = int((tmp_path / expert / "latest_checkpointed_iteration.txt").read_text())
         assert saved == metrics(tmp_path / expert)[-1]["iteration"]
