@@ -36,6 +36,20 @@ def find_repository() -> Path:
     )
 
 
+def make_folder(path: Path) -> Path:
+    """Make ``path`` and return it.
+
+    Raises:
+        ResourceError: nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"no folder can be made here: {error.strerror}", where=str(path),
+                            fix="choose another --out") from None
+    return path
+
+
 def python(module: str) -> list[str]:
     """Return the words that start a module with this very interpreter."""
     return [sys.executable, "-m", module]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mindspeed_wan.demo.commands import Command, find_repository, python, require, run_together
+from mindspeed_wan.demo.commands import Command, find_repository, make_folder, python, require, run_together
 from mindspeed_wan.demo.model_json import write_model_json
 from mindspeed_wan.errors import ConfigError, WanError
 
@@ -75,8 +75,7 @@ class Walk:
 def run_walk(out: Path, *, num_iterations: int, num_ranks: int, seed: int) -> Walk:
     """Run every stage in order; raises ``WanError`` at the first that does not do its work."""
     walk = Walk(out.resolve(), find_repository(), num_iterations, num_ranks, seed)
-    walk.out.mkdir(parents=True, exist_ok=True)
-    (walk.out / "logs").mkdir(exist_ok=True)
+    make_folder(walk.out / "logs")
     stages: list[tuple[str, Callable[[Walk], None]]] = [
         ("write a tiny Wan2.2 folder and captioned clips", write_inputs),
         ("convert both experts to DCP", convert),

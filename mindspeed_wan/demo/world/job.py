@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mindspeed_wan.demo.commands import Command, find_repository, run_together
+from mindspeed_wan.demo.commands import Command, find_repository, make_folder, run_together
 
 EXPERTS = ("high", "low")
 TRANSFORMER = {"high": "transformer", "low": "transformer_2"}
@@ -99,7 +99,7 @@ class World:
 
     def walk(self, stages: Sequence[tuple[str, str, Callable[[World], dict[str, Any] | None]]]) -> float:
         """Run the (name, title, function) stages that are not done yet, in order; return the seconds of all."""
-        (self.out / "stages").mkdir(parents=True, exist_ok=True)
+        make_folder(self.out / "stages")
         for number, (name, title, function) in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}]"
             if self._done(name).is_file():

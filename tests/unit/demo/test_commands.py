@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_wan.demo.commands import Command, run_together
-from mindspeed_wan.errors import WanError
+from mindspeed_wan.demo.commands import Command, make_folder, run_together
+from mindspeed_wan.errors import ResourceError, WanError
 
 
 def test_output_is_shown_and_kept_and_a_failure_keeps_its_exit_code(
@@ -38,3 +38,9 @@ def test_a_stopped_demo_leaves_no_command_running(tmp_path: Path) -> None:
     process.terminate()
     # It exits only when the command's output has ended, so ten seconds say that the command was stopped, too.
     assert process.wait(timeout=10) == 143
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="choose another --out"):
+        make_folder(tmp_path / "file" / "world")
