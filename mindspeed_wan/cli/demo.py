@@ -12,7 +12,7 @@ HELP = "run the main job on a tiny Wan2.2: convert, pretrain both experts, expor
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options."""
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything the demo writes")
-    parser.add_argument("--iterations", type=int, default=300, help="training iterations per expert")
+    parser.add_argument("--iterations", type=int, default=200, help="training iterations per expert")
     parser.add_argument("--ranks", type=int, default=2, help="gloo ranks of the training runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--like", choices=STAND_INS,

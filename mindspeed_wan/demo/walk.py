@@ -203,7 +203,8 @@ def describe(walk: Walk) -> str:
     for expert in EXPERTS:
         losses = _losses(walk, expert)
         lines.append(f"  {expert:>4} expert: loss {losses[0]:.4f} -> {losses[-1]:.4f} over {len(losses)} iterations")
-    lines.append(f"  asked for {PROMPT!r}, a detector sees: {_seen(walk)}")
+    lines.append(f"  asked for {PROMPT!r}, a detector sees so far: {_seen(walk)}")
+    lines.append("  `make world` goes on until what was asked for is what is seen")
     places = {
         "tiny model": walk.model, "clips": walk.data, "converted experts": walk.converted,
         "training runs": walk.out / "runs", "trained Diffusers folder": walk.exported,
