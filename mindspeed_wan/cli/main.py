@@ -18,7 +18,7 @@ from mindspeed_wan.errors import ConfigError, did_you_mean, run_main
 COMMANDS = {
     "doctor": ("mindspeed_wan.cli.doctor", "what this machine can run, and the fix for what it cannot"),
     "demo": ("mindspeed_wan.cli.demo", "the main job on a tiny model: convert, pretrain, export, generate"),
-    "world": ("mindspeed_wan.cli.world", "learn a small world: pretrain, I2V, LoRA, evaluate (under an hour)"),
+    "world": ("mindspeed_wan.cli.world", "learn a small world: pretrain, I2V, LoRA, evaluate (about an hour)"),
     "config": ("mindspeed_wan.cli.config", "check a run's configuration and print it with every default"),
     "plan": ("mindspeed_wan.cli.plan", "memory and time of a run before it starts"),
     "data": ("mindspeed_wan.cli.data", "check annotations and clips, count what a run would use"),
