@@ -55,7 +55,7 @@ EXPERT = _group(
     Flag("--expert", "text", "extra.expert", "which expert to train (pretrain_sora.py: both as well)",
          choices=("high", "low"), own=True),
     Flag("--expert-ranks", "text", "extra.expert_ranks",
-         "with --expert both: side by side on so many ranks each, HIGH,LOW or even (default: in turn, on all)",
+         "with --expert both: ranks of each, HIGH,LOW or even (default: in turn, on all)",
          own=True),
     Flag("--boundary", "float", "extra.boundary", "sigma at which the experts change (T2V 0.875, I2V 0.9)", own=True),
     Flag("--timestep-weighting", "text", "diffusion.weighting", "loss weight by sigma", own=True,
