@@ -158,9 +158,8 @@ class KeyedDataset(torch.utils.data.Dataset):
         pick, drop = self.draws(epoch, index, "caption", 2)
         return None if drop < self.caption_dropout else int(pick * len(self.captions[index]))
 
-    def caption(self, epoch: int, index: int) -> str:
-        """Return the caption of a sample: one of the record's texts, or "" where it is dropped."""
-        choice = self.caption_choice(epoch, index)
+    def caption(self, index: int, choice: int | None) -> str:
+        """Return the text of a ``caption_choice``: one of the record's, or "" where it is dropped."""
         return "" if choice is None else self.captions[index][choice]
 
     def draws(self, epoch: int, index: int, stream: str, count: int) -> list[float]:
@@ -202,7 +201,8 @@ class ClipDataset(KeyedDataset):
             except DataError as error:
                 bad.append(BadSample(source, str(record.path), record.where, error.message))
                 continue
-            return Sample(index, epoch, source, pixels, self.caption(epoch, source), record.path, tuple(bad))
+            caption = self.caption(source, self.caption_choice(epoch, source))
+            return Sample(index, epoch, source, pixels, caption, record.path, tuple(bad))
         return give_up(bad)
 
     def read(self, epoch: int, index: int) -> Tensor:

@@ -79,7 +79,7 @@ class FeatureDataset(KeyedDataset):
         text = self._empty_text() if choice is None else self._tensor(row, f"{name}/text/{choice}")
         condition = self._tensor(row, f"{name}/condition/{variant}") if self.identity.task == "i2v" else None
         return FeatureSample(index, epoch, source, self._tensor(row, f"{name}/latents/{variant}"), text, condition,
-                             self.caption(epoch, source), Path(row["content"]["path"]), bad)
+                             self.caption(source, choice), Path(row["content"]["path"]), bad)
 
     def _tensor(self, row: dict[str, Any], name: str) -> Tensor:
         path = str(self.folder / "shards" / row["shard"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 # Philox blocks (four 32-bit words) worked on at a time: the temporaries of a chunk stay in the CPU's L2 cache.
 _CHUNK_BLOCKS = 1 << 14
+# Up to here Python's integers are faster than kernels on tensors of a few words.
+_FEW_BLOCKS = 16
+
+Key = tuple[int, int, int, int]
+Word = TypeVar("Word", int, Tensor)
 
 
 def generator(seed: int, sample_index: int, epoch: int = 0, stream: str = "") -> torch.Generator:
@@ -38,45 +44,61 @@ def generator(seed: int, sample_index: int, epoch: int = 0, stream: str = "") ->
 
 def uniform(count: int, *, seed: int, sample_index: int, epoch: int = 0, stream: str) -> Tensor:
     """Return ``count`` uniform numbers in [0, 1), fp64 with 53 random bits each."""
-    words = _words(2 * count, _key(seed, sample_index, epoch, stream))
-    high, low = words[0::2], words[1::2]
+    key = _key(seed, sample_index, epoch, stream)
+    blocks = -(-count // 2)
+    if blocks <= _FEW_BLOCKS:
+        words = torch.tensor([philox((index, 0, *key[2:]), key[:2]) for index in range(blocks)], dtype=torch.int64)
+    else:
+        words = torch.cat([_words(start, blocks, [key]) for start in range(0, blocks, _CHUNK_BLOCKS)], dim=1)
+    high, low = words.reshape(-1, 2)[:count].unbind(1)
     return ((high >> 5) * 67108864 + (low >> 6)).double() * 2.0**-53
 
 
 def normal(shape: Sequence[int], *, seed: int, sample_index: int, epoch: int = 0, stream: str) -> Tensor:
     """Return standard normal noise of ``shape`` in fp32 on the CPU (|value| < 6.8, from 32-bit uniforms)."""
-    count = math.prod(shape)
-    words = _words(count + count % 2, _key(seed, sample_index, epoch, stream))
-    out = torch.empty(count + count % 2, dtype=torch.float32)
-    step = 2 * _CHUNK_BLOCKS
-    for start in range(0, out.numel(), step):
-        out[start : start + step] = _box_muller(words[start : start + step])
-    return out[:count].reshape(tuple(shape))
+    return normals(shape, [(sample_index, epoch)], seed=seed, stream=stream)[0]
 
 
-def _key(seed: int, sample_index: int, epoch: int, stream: str) -> tuple[int, int, int, int]:
+def normals(shape: Sequence[int], samples: Sequence[tuple[int, int]], *, seed: int, stream: str) -> Tensor:
+    """Return the ``normal`` noise of every (sample index, epoch), fp32 [len(samples), *shape].
+
+    Samples smaller than a chunk are drawn together: for small clips the kernels' launches would cost more than the
+    numbers.
+    """
+    count, keys = math.prod(shape), [_key(seed, index, epoch, stream) for index, epoch in samples]
+    blocks = -(-count // 4)
+    together = max(1, _CHUNK_BLOCKS // max(1, blocks))
+    out = torch.empty(len(keys), count, dtype=torch.float32)
+    for first in range(0, len(keys), together):
+        rows = out[first : first + together]
+        for start in range(0, blocks, _CHUNK_BLOCKS):
+            part = rows[:, 4 * start : 4 * (start + _CHUNK_BLOCKS)]
+            part.copy_(_box_muller(_words(start, blocks, keys[first : first + together]))[:, : part.shape[1]])
+    return out.reshape(len(keys), *shape)
+
+
+def _key(seed: int, sample_index: int, epoch: int, stream: str) -> Key:
     """Hash the four names of a stream to 128 bits, as four 32-bit words."""
     text = f"mindspeed-wan/{int(seed)}/{int(sample_index)}/{int(epoch)}/{stream}"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return tuple(int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8, 12))  # type: ignore[return-value]
 
 
-def _words(count: int, key: tuple[int, int, int, int]) -> Tensor:
-    """Return ``count`` 32-bit words of the stream ``key`` as int64 [count].
+def _words(start: int, blocks: int, keys: Sequence[Key]) -> Tensor:
+    """Return the 32-bit words of one chunk of blocks, from ``start`` up to ``blocks``: int64 [keys, 4 * chunk].
 
-    The first half of the key is Philox's key, the second half the upper two words of the counter.
+    The first half of a key is Philox's key, the second half the upper two words of the counter.
     """
-    blocks = -(-count // 4)
-    out = torch.empty(blocks, 4, dtype=torch.int64)
-    for start in range(0, blocks, _CHUNK_BLOCKS):
-        index = torch.arange(start, min(start + _CHUNK_BLOCKS, blocks), dtype=torch.int64)
-        counter = [index & _WORD, index >> 32, torch.full_like(index, key[2]), torch.full_like(index, key[3])]
-        out[start : start + _CHUNK_BLOCKS] = torch.stack(philox(counter, key[:2]), dim=1)
-    return out.reshape(-1)[:count]
+    index = torch.arange(start, min(start + _CHUNK_BLOCKS, blocks), dtype=torch.int64)
+    k0, k1, k2, k3 = torch.tensor(keys, dtype=torch.int64)[..., None].unbind(1)  # [keys, 1] each
+    return torch.stack(philox((index & _WORD, index >> 32, k2, k3), (k0, k1)), dim=-1).flatten(1)
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Apply Philox-4x32-10 to four int64 tensors of 32-bit counter words; returns four tensors of 32-bit words."""
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Apply Philox-4x32-10 to four 32-bit counter words; returns four 32-bit words.
+
+    Words are ints, or int64 tensors that broadcast against each other.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -84,10 +106,10 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
         high1, low1 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return [c0, c1, c2, c3]
+    return c0, c1, c2, c3
 
 
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+def _multiply(a: Word, b: int) -> tuple[Word, Word]:
     """Return the high and low 32-bit words of ``a * b``; halves of ``b`` keep every product inside int64."""
     upper, lower = a * (b >> 16), a * (b & 0xFFFF)
     total = upper + (lower >> 16)  # a * b == total * 2^16 + (lower & 0xffff)
@@ -98,10 +120,10 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def _box_muller(words: Tensor) -> Tensor:
-    """Map an even number of 32-bit words to as many normals, fp32."""
-    u = (words[0::2].double() + 0.5) * 2.0**-32
+    """Map an even number of 32-bit words (the last dim) to as many normals, fp32."""
+    u = (words[..., 0::2].double() + 0.5) * 2.0**-32
     radius = torch.sqrt(_log(u) * -2.0)
-    angle = words[1::2]
+    angle = words[..., 1::2]
     quadrant, fraction = angle >> 30, angle & 0x3FFFFFFF
     # The angle inside its quadrant, centred: [-pi/4, pi/4), where short Taylor series are exact to 1e-12.
     theta = ((fraction.double() + 0.5) * 2.0**-30 - 0.5) * (math.pi / 2)
@@ -111,7 +133,7 @@ def _box_muller(words: Tensor) -> Tensor:
     second = torch.where(swap, cosine, sine)
     sign = 1.0 - (quadrant & 2).double()
     radius = radius * sign
-    return torch.stack((radius * first, radius * second), dim=1).reshape(-1).float()
+    return torch.stack((radius * first, radius * second), dim=-1).flatten(-2).float()
 
 
 def _log(x: Tensor) -> Tensor:

@@ -61,10 +61,7 @@ class Objective:
 
     def noise(self, shape: Sequence[int], keys: Sequence[SampleKey]) -> Tensor:
         """Return standard normal noise [B, *shape], fp32 on the CPU."""
-        return torch.stack([
-            randomness.normal(shape, seed=self.seed, sample_index=index, epoch=epoch, stream=f"{self.stream}.noise")
-            for index, epoch in keys
-        ])
+        return randomness.normals(shape, keys, seed=self.seed, stream=f"{self.stream}.noise")
 
     def add_noise(self, latents: Tensor, keys: Sequence[SampleKey], sigmas: Tensor | None = None) -> Noised:
         """Noise clean latents [B, C, f, h, w], each at its own sigma (or at ``sigmas`` [B], for validation)."""

@@ -23,7 +23,8 @@ from mindspeed_wan.diffusion import randomness
 )
 def test_philox_known_answers(counter: list[int], key: tuple[int, int], expected: list[int]) -> None:
     """The test vectors published with Random123 for philox4x32-10."""
-    words = randomness.philox([torch.tensor([word]) for word in counter], key)
+    assert list(randomness.philox(tuple(counter), key)) == expected
+    words = randomness.philox(tuple(torch.tensor([word]) for word in counter), key)
     assert [int(word) for word in words] == expected
 
 
@@ -53,6 +54,15 @@ def test_a_value_depends_on_its_position_only() -> None:
     assert torch.equal(long[:70_000], randomness.normal((7, 100, 100), **key).reshape(-1))
     assert torch.equal(long[:3], randomness.normal((3,), **key))
     assert torch.equal(randomness.uniform(10, **key), randomness.uniform(50_000, **key)[:10])
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (16, 3, 6, 6), (3, 5, 7), (16, 5, 30, 52)])
+def test_samples_drawn_together_are_those_drawn_alone(shape: tuple[int, ...]) -> None:
+    samples = [(index, index % 3) for index in range(9)]
+    together = randomness.normals(shape, samples, seed=5, stream="noise")
+    alone = [randomness.normal(shape, seed=5, sample_index=index, epoch=epoch, stream="noise")
+             for index, epoch in samples]
+    assert torch.equal(together, torch.stack(alone))
 
 
 def test_normal_distribution() -> None:
