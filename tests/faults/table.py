@@ -1,9 +1,10 @@
 """``make faults``: run the properties T1 to T24 with their long counts and print one table.
 
-    python -m tests.faults.table [--small] [--only T1,T3] [--out benchmarks/results/faults.json]
+    python -m tests.faults.table [--small] [--only T1,T3] [--lanes 2] [--out benchmarks/results/faults.json]
 
 Without ``--out`` the table also goes into the pages on reliability. Results of earlier runs in the same file are kept
-for the properties that are not run, with the date they were run.
+for the properties that are not run, with the date they were run. Two properties run side by side, each in a process of
+its own (most cases keep one core busy, some only wait); those that measure seconds run alone, at the end.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import platform
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,8 @@ class Row:
     small: int
     long: int
     figure: str
-    note: str = ""
+    alone: bool = False
+    """It measures seconds, so nothing may run beside it."""
 
     def load(self) -> Property:
         """Return the function that runs the cases."""
@@ -56,8 +62,9 @@ ROWS: tuple[Row, ...] = (
     Row("T8", "reshard over all (TP, CP, FSDP2) pairs, world <= 4", "reshard", "reshard", 1, 100, "all"),
     Row("T9", "data order over DP 2 -> 1 -> 2: every sample once", "inputs", "data_order", 20, 100, "0 repeats"),
     Row("T10", "SIGTERM, SIGUSR1, twice, during saves: exit 75, bits", "runs", "signals", 0, 30, "30/30"),
-    Row("T11", "kill -9 one rank: restarted, finished", "ranks", "killed_ranks", 0, 20, "20/20"),
-    Row("T12", "hung rank, in training and in collectives: named, stacks, exit 6", "ranks", "hung_ranks", 0, 8, "all"),
+    Row("T11", "kill -9 one rank: restarted, finished", "ranks", "killed_ranks", 0, 20, "20/20", alone=True),
+    Row("T12", "hung rank, in training and in collectives: named, stacks, exit 6", "ranks", "hung_ranks", 0, 8, "all",
+        alone=True),
     Row("T13", "NaN, Inf, spike on one rank: nothing moves, policy kept", "runs", "bad_numbers", 1, 12, "all"),
     Row("T14", "same seed, same bits: fp32, bf16, workers 0 and 2", "runs", "determinism", 0, 10, "10/10"),
     Row("T15", "odd and damaged media: one line each", "inputs", "bad_media", 12, 100, "60/60"),
@@ -87,7 +94,10 @@ def run_row(row: Row, count: int) -> Tally:
     """Run the cases of one property in a fresh folder."""
     tally, started = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"faults-{row.name}-") as folder:
-        row.load()(tally, count, Path(folder))
+        try:
+            row.load()(tally, count, Path(folder))
+        except Exception:  # outside a case; the other properties still run
+            tally.add(0, 1, traceback.format_exc())
     tally.seconds = time.monotonic() - started
     return tally
 
@@ -134,6 +144,26 @@ def _note(path: Path, row: Row, tally: Tally) -> dict[str, Any]:
     return results
 
 
+def run_rows(cases: list[tuple[Row, int]], lanes: int, seconds: dict[str, float]) -> Iterator[tuple[Row, Tally]]:
+    """Run rows with their counts and yield each as it ends.
+
+    Args:
+        cases: the rows and how many cases of each.
+        lanes: how many rows run side by side.
+        seconds: what rows took before; the longest start first, so that the lanes end together.
+    """
+    # Every lane is a fresh interpreter: a limit or a umask that one row sets is not seen by the other's.
+    context = multiprocessing.get_context("spawn")
+    quiet: dict[str, Any] = {"initializer": warnings.filterwarnings, "initargs": ("ignore",)}
+    with ProcessPoolExecutor(lanes, mp_context=context, **quiet) as pool:
+        together = sorted((case for case in cases if not case[0].alone), key=lambda case: -seconds.get(case[0].name, 0))
+        running = {pool.submit(run_row, row, count): row for row, count in together}
+        for future in as_completed(running):
+            yield running[future], future.result()
+        for row, count in (case for case in cases if case[0].alone):
+            yield row, pool.submit(run_row, row, count).result()
+
+
 def main() -> int:
     """Run, print the table, return 1 if a case failed."""
     warnings.filterwarnings("ignore")
@@ -141,24 +171,26 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the counts of the default test suite")
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--count", type=int, help="another count, with --only")
+    parser.add_argument("--lanes", type=int, default=2, help="properties that run side by side")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     names = [name for name in args.only.split(",") if name]
     unknown = set(names) - {row.name for row in ROWS}
     if unknown:
         parser.error(f"no such property: {', '.join(sorted(unknown))}")
-    failed = 0
-    for row in ROWS:
-        count = args.count or (row.small if args.small else row.long)
-        if (names and row.name not in names) or not count:
-            continue
-        tally = run_row(row, count)
+    if args.lanes < 1:
+        parser.error("--lanes: at least 1")
+    chosen = [(row, args.count or (row.small if args.small else row.long)) for row in ROWS
+              if not names or row.name in names]
+    before = {name: found["seconds"] for name, found in _load(RESULTS)["properties"].items()}
+    failed, started = 0, time.monotonic()
+    for row, tally in run_rows([case for case in chosen if case[1]], args.lanes, before):
         failed += tally.run - tally.passed
         print(f"{row.name:5} {tally.passed}/{tally.run} in {tally.seconds:.0f} s", *tally.problems, sep="\n      ",
               flush=True)
         _note(args.out, row, tally)
     results = _load(args.out)
-    print(markdown(results))
+    print(markdown(results), f"{time.monotonic() - started:.0f} s in all", sep="\n\n")
     if args.out == RESULTS:
         for page in PAGES:
             write_page(results, page)
