@@ -120,6 +120,7 @@ class Statistics:
     codecs: Counter[str] = field(default_factory=Counter)
     variable_rate: int = 0
     rotated: int = 0
+    stretched: int = 0
     words: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     duplicates: list[list[Path]] = field(default_factory=list)
@@ -140,6 +141,7 @@ def statistics(clips: Sequence[Surveyed], *, tokenizer: Any = None, max_length: 
         result.codecs[info.codec or "image"] += 1
         result.variable_rate += not info.constant_rate
         result.rotated += info.rotation != 0
+        result.stretched += abs(info.pixel_aspect - 1) > 0.01
         result.seconds += info.num_frames / info.fps if info.fps else 0.0
     result.words = [len(caption.split()) for caption in captions]
     if tokenizer is not None:
@@ -172,7 +174,8 @@ def describe(numbers: Statistics, *, max_length: int = 512) -> list[str]:
         f"clips: {numbers.clips} ({numbers.unreadable} cannot be read), {minutes} min {seconds} s",
         f"frames: {_spread(list(numbers.frames.elements()))}",
         f"frame rate: {_common(numbers.rates)}; variable in {numbers.variable_rate} files",
-        f"size (height x width): {_common(numbers.sizes)}; {numbers.rotated} rotated",
+        f"size (height x width): {_common(numbers.sizes)}; {numbers.rotated} rotated, "
+        f"{numbers.stretched} with pixels that are not square",
         f"codec: {_common(numbers.codecs)}",
         f"caption words: {_spread(numbers.words)}; {numbers.equal_captions} captions occur more than once",
     ]

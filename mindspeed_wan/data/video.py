@@ -31,7 +31,10 @@ _EVEN_SPACING = 0.02
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds; sizes are those of the upright picture (rotation applied)."""
+    """What a video file holds; sizes are those of the upright picture (rotation applied) in pixels as stored.
+
+    ``pixel_aspect`` is width by height of a pixel; nothing is stretched where it is not 1.
+    """
 
     num_frames: int
     fps: float
@@ -40,6 +43,7 @@ class VideoInfo:
     rotation: int = 0
     codec: str = ""
     constant_rate: bool = True
+    pixel_aspect: float = 1.0
 
 
 def read_frames(path: Path, indices: Sequence[int], *, backend: Backend = "auto", threads: int = 1) -> np.ndarray:
@@ -124,12 +128,13 @@ def probe(path: Path) -> VideoInfo:
     with container:
         first = _first_frame(container, stream, path)
         rotation = _rotation(first)
-        times = _presentation_times(container, stream, path)
+        timeline = _timeline(container, stream, path, first)
         height, width = (first.width, first.height) if rotation in (90, 270) else (first.height, first.width)
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        constant = _evenly_spaced(timeline.stamps)
         return VideoInfo(
-            num_frames=len(times), fps=fps, height=height, width=width, rotation=rotation,
-            codec=stream.codec_context.name, constant_rate=_evenly_spaced([t[0] for t in times]),
+            num_frames=len(timeline.stamps), fps=_rate(stream, timeline, constant), height=height, width=width,
+            rotation=rotation, codec=stream.codec_context.name, constant_rate=constant,
+            pixel_aspect=_pixel_aspect(stream, rotation),
         )
 
 
@@ -142,17 +147,51 @@ def _first_frame(container: Any, stream: Any, path: Path) -> Any:
         raise DataError(f"cannot decode the first frame: {_reason(error)}", where=str(path)) from None
 
 
-def _presentation_times(container: Any, stream: Any, path: Path) -> list[tuple[int, bool]]:
-    """Return (timestamp, is key frame) of every shown frame, in order of presentation, from packet headers alone."""
+@dataclass(frozen=True)
+class _Timeline:
+    """The shown frames of a file in order of presentation: their timestamps, and the numbers of the key frames.
+
+    ``is_timed`` is False where the file has no timestamps and ``stamps`` only count.
+    """
+
+    stamps: list[int]
+    keys: list[int]
+    is_timed: bool = True
+
+
+def _timeline(container: Any, stream: Any, path: Path, first: Any) -> _Timeline:
+    """Read packet headers; ``first`` is the first frame that decodes, what is shown before it is lost.
+
+    A file that was cut out of a stream begins with frames that refer to others it does not have.
+    """
     try:
         container.seek(0, stream=stream, backward=True, any_frame=False)
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     except Exception as error:
         raise DataError(f"damaged: {_reason(error)}", where=str(path)) from None
-    stamps = [(p.pts if p.pts is not None else p.dts, bool(p.is_keyframe)) for p in packets]
-    if any(stamp is None for stamp, _ in stamps):
-        return [(number, key) for number, (_, key) in enumerate(stamps)]
-    return sorted(stamps)
+    shown = [(p.pts if p.pts is not None else p.dts, bool(p.is_keyframe)) for p in packets]
+    is_timed = first.pts is not None and all(stamp is not None for stamp, _ in shown)
+    if is_timed:
+        shown = sorted(entry for entry in shown if entry[0] >= first.pts)
+    keys = [number for number, (_, is_key) in enumerate(shown) if is_key]
+    return _Timeline([stamp for stamp, _ in shown] if is_timed else list(range(len(shown))), keys, is_timed)
+
+
+def _rate(stream: Any, timeline: _Timeline, constant: bool) -> float:
+    """Return frames per second: what the header says, unless evenly spaced timestamps say something else."""
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    stamps = timeline.stamps
+    if not (constant and timeline.is_timed and len(stamps) > 2):
+        return rate
+    measured = (len(stamps) - 1) / float((stamps[-1] - stamps[0]) * stream.time_base)
+    # A stream without a frame table (MPEG-TS) repeats what its encoder wrote, such as its clock's 90,000 a second.
+    return rate if abs(rate - measured) <= 0.1 * measured else measured
+
+
+def _pixel_aspect(stream: Any, rotation: int) -> float:
+    """Return width by height of a pixel of the upright picture."""
+    aspect = float(stream.codec_context.sample_aspect_ratio or 1)
+    return 1 / aspect if rotation in (90, 270) else aspect
 
 
 def _evenly_spaced(stamps: Sequence[float] | np.ndarray, *, clock: float = 1.0) -> bool:
@@ -185,15 +224,18 @@ def _upright(array: np.ndarray, rotation: int) -> np.ndarray:
     return np.rot90(array, rotation // 90, axes=(1, 2)) if rotation else array
 
 
-def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
+def _read_pyav(path: Path, indices: Sequence[int], threads: int, *, seek: bool = True) -> np.ndarray:
     wanted = list(indices)
     container, stream = _open(path, threads)
     with container:
-        position = _seek_near(container, stream, path, wanted[0]) if wanted[0] >= _SEEK_FROM else 0
-        filled, rotation, convert = 0, 0, _PlanarConverter(threads)
+        numbers = _seek_near(container, stream, path, wanted[0]) if seek and wanted[0] >= _SEEK_FROM else None
+        filled, position, rotation, convert = 0, -1, 0, _PlanarConverter(threads)
         planes = np.empty(0, np.uint8)  # [3, F, H, W], allocated when the first frame tells its size
         try:
-            for frame in container.decode(stream):
+            for count, frame in enumerate(container.decode(stream)):
+                position = count if numbers is None else numbers.get(frame.pts, -1)
+                if position > wanted[filled]:
+                    break  # the seek went too far
                 if position == wanted[filled]:
                     if filled == 0:
                         rotation = _rotation(frame)
@@ -202,18 +244,18 @@ def _read_pyav(path: Path, indices: Sequence[int], threads: int) -> np.ndarray:
                         raise DataError("the picture size changes within the file", where=str(path))
                     filled = _store(convert(frame), planes, filled, wanted)
                     if filled == len(wanted):
-                        break
-                position += 1
+                        return _upright(planes.transpose(1, 2, 3, 0), rotation)
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"cannot decode frame {position}: {_reason(error)}", where=str(path)) from None
-    if not position and not filled:
+            if numbers is None:
+                raise DataError(f"cannot decode frame {position + 1}: {_reason(error)}", where=str(path)) from None
+    if numbers is not None:
+        return _read_pyav(path, indices, threads, seek=False)
+    if position < 0:
         raise DataError("no frame can be decoded", where=str(path))
-    if filled < len(wanted):
-        raise DataError(f"has {position} frames, frame {wanted[filled]} was asked for", where=str(path),
-                        fix="correct num_frames or cut in the annotation")
-    return _upright(planes.transpose(1, 2, 3, 0), rotation)
+    raise DataError(f"has {position + 1} frames, frame {wanted[filled]} was asked for", where=str(path),
+                    fix="correct num_frames or cut in the annotation")
 
 
 class _PlanarConverter:
@@ -253,25 +295,22 @@ def _store(picture: Any, planes: np.ndarray, filled: int, wanted: Sequence[int])
     return filled
 
 
-def _seek_near(container: Any, stream: Any, path: Path, first: int) -> int:
-    """Seek to the last key frame at or before frame ``first``; returns the number of the next decoded frame."""
-    times = _presentation_times(container, stream, path)
-    keys = [number for number, (_, is_key) in enumerate(times[: first + 1]) if is_key]
-    # Frames shown before a key frame but coded after it (an open group of pictures) would be lost by the seek, so one
-    # group earlier is taken, and the first decoded timestamp tells where the decoder really is.
-    start = keys[-2] if len(keys) > 1 else 0
-    stamps = [stamp for stamp, _ in times]
-    container.seek(stamps[start], stream=stream, backward=True, any_frame=False)
-    try:
-        landed = next(container.decode(stream)).pts
-    except Exception:
-        landed = None
-    if landed not in stamps:
-        start = 0
-    else:
-        start = stamps.index(landed)
-    container.seek(stamps[start], stream=stream, backward=True, any_frame=False)
-    return start
+def _seek_near(container: Any, stream: Any, path: Path, first: int) -> dict[int, int] | None:
+    """Seek to a key frame before frame ``first``.
+
+    Returns:
+        the number of each frame by its timestamp, since a seek does not always land where it should (MPEG-TS has no
+        index); ``None``, at the start of the file, where timestamps do not tell frames apart.
+    """
+    timeline = _timeline(container, stream, path, _first_frame(container, stream, path))
+    numbers = {stamp: number for number, stamp in enumerate(timeline.stamps)}
+    is_usable = timeline.is_timed and len(numbers) == len(timeline.stamps)
+    keys = [number for number in timeline.keys if number <= first]
+    # Frames shown before a key frame but coded after it (an open group of pictures) are lost by a seek to it, so one
+    # group earlier is taken.
+    target = timeline.stamps[keys[-2]] if is_usable and len(keys) > 1 else 0
+    container.seek(target, stream=stream, backward=True, any_frame=False)
+    return numbers if is_usable else None
 
 
 # ---- decord and torchcodec -------------------------------------------------------------------------------------------

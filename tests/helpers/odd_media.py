@@ -116,6 +116,8 @@ def odd_files(root: Path) -> dict[str, tuple[Path, int, int, int]]:
     for name, x264 in (("open groups", "keyint=7:open-gop=1:bframes=2"), ("no b frames", "bframes=0:keyint=1")):
         add(name, write_stream(root / f"{name}.mp4", frames, options={"x264-params": x264}))
     add("mkv", write_stream(root / "clip.mkv", frames))
+    add("mpeg-ts", write_stream(root / "clip.ts", frames))
+    add("hevc", write_stream(root / "hevc.mp4", frames, codec="libx265", options={"x265-params": "log-level=none"}))
     add("webm vp9", write_stream(root / "clip.webm", frames, codec="libvpx-vp9", clock=1000,
                                  options={"crf": "10", "b": "0", "cpu-used": "8"}))
     add("avi mpeg4", _simple(root / "clip.avi", frames, "mpeg4"))

@@ -17,6 +17,7 @@ from tests.helpers.odd_media import (
     number_of,
     numbered_frames,
     odd_files,
+    set_rotation,
     write_stream,
 )
 
@@ -104,6 +105,43 @@ def test_seeking_with_a_variable_rate(tmp_path):
     path = write_stream(tmp_path / "vfr.mp4", numbered_frames(150, 32, 64), stamps=stamps,
                         options={"x264-params": "keyint=20:bframes=2"})
     assert _numbers(read_frames(path, [60, 61, 99, 149])) == [60, 61, 99, 149]
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A transport stream: it has no index, and its header repeats the encoder's clock as the frame rate."""
+    return write_stream(tmp_path_factory.mktemp("ts") / "stream.ts", numbered_frames(200, 32, 64),
+                        options={"x264-params": "keyint=24:bframes=2"})
+
+
+@pytest.mark.parametrize("first", [48, 60, 99, 150, 190])
+def test_seeking_in_a_file_without_an_index(stream, first):
+    assert _numbers(read_frames(stream, [first, first + 1, first + 9])) == [first, first + 1, first + 9]
+
+
+def test_the_rate_is_that_of_the_timestamps(stream):
+    info = probe(stream)
+    assert info.num_frames == 200 and info.fps == pytest.approx(24) and info.constant_rate
+
+
+def test_a_file_cut_out_of_a_stream_is_counted_from_its_first_whole_frame(stream, tmp_path):
+    """What is shown before its first key frame cannot be decoded; with and without a seek frames have one number."""
+    import av
+
+    path = tmp_path / "cut.ts"
+    raw = stream.read_bytes()
+    path.write_bytes(raw[188 * (len(raw) // 188 // 3) + 50 :])
+    with av.open(str(path)) as container:
+        shown = [number_of(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert shown[0] > 0 and probe(path).num_frames == len(shown) > 60
+    assert _numbers(read_frames(path, range(len(shown)))) == shown
+    assert _numbers(read_frames(path, range(50, len(shown)))) == shown[50:]
+
+
+def test_pixels_that_are_not_square_are_reported(tmp_path):
+    path = write_stream(tmp_path / "sar.mp4", numbered_frames(5), options={"x264-params": "sar=4/3"})
+    assert probe(path).pixel_aspect == pytest.approx(4 / 3)
+    assert probe(set_rotation(path, 90)).pixel_aspect == pytest.approx(3 / 4)
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):
