@@ -73,7 +73,6 @@ def _init(args: argparse.Namespace) -> int:
     clips, skipped = _clips_of(args.folder.resolve(), args.caption)
     if not clips:
         raise DataError("no usable clip" + (f"; e.g. {skipped[0]}" if skipped else ""), where=str(args.folder))
-    out.mkdir(parents=True, exist_ok=True)
     rows = [_row(clip.completed, args.folder.resolve()) for clip in clips]
     _write(targets["data.jsonl"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _write(targets["data.txt"], f"{args.folder.resolve()},{targets['data.jsonl']}\n")
@@ -90,12 +89,15 @@ def _clips_of(folder: Path, default_caption: str | None) -> tuple[list[Surveyed]
     """Return the readable, captioned clips of a folder, and for each other the reason."""
     from mindspeed_wan.data.records import ClipRecord, RowSource, kind_of
     from mindspeed_wan.data.survey import survey
-    from mindspeed_wan.data.text_files import read_text
+    from mindspeed_wan.data.text_files import is_utf8, printable, read_text
 
     records, skipped = [], []
     for path in sorted(folder.rglob("*")):
         kind = kind_of(path)
         if kind not in ("video", "image") or path.name.startswith(".") or not path.is_file():
+            continue
+        if not is_utf8(str(path)):
+            skipped.append(f"{printable(str(path))} has a name that is not UTF-8")
             continue
         caption_file = path.with_suffix(".txt")
         caption = read_text(caption_file).strip() if caption_file.is_file() else default_caption
@@ -165,11 +167,15 @@ def _records(args: argparse.Namespace, *, strict: bool = True) -> tuple[list[Cli
     from mindspeed_wan.data.records import Problems
 
     path, folder, settings = args.data, args.data_folder, None
-    if path.name.endswith(".json") and _is_settings(path):
+    if _is_settings(path):
         from mindspeed_wan.config.load import load_files
         from mindspeed_wan.data.build import clip_settings
+        from mindspeed_wan.errors import ConfigError
 
         section = load_files(data=path).data
+        if section.kind != "video":
+            raise ConfigError("this data file names features, not clips", where=str(path),
+                              fix=f"mindspeed-wan features check {section.data_path}")
         settings = clip_settings(section)
         path, folder = Path(str(section.data_path)), folder or (section.data_folder and Path(section.data_folder))
     problems = Problems()
@@ -181,10 +187,12 @@ def _records(args: argparse.Namespace, *, strict: bool = True) -> tuple[list[Cli
 
 
 def _is_settings(path: Path) -> bool:
-    """Tell MindSpeed-MM's data.json (an object with dataset_param) from an annotation."""
+    """Tell MindSpeed-MM's data.json (an object with dataset_param, perhaps as YAML) from an annotation."""
     from mindspeed_wan.data.text_files import read_text
 
-    return '"dataset_param"' in read_text(path)[:4000]
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return True
+    return path.suffix.lower() == ".json" and '"dataset_param"' in read_text(path)
 
 
 def _surveyed(records: Sequence[ClipRecord], *, decode: bool = False) -> list[Surveyed]:
@@ -219,10 +227,9 @@ def _split(args: argparse.Namespace) -> int:
         raise ConfigError(f"--share is {args.share}; it must lie between 0 and 1")
     records, _, _ = _records(args)
     out = (args.out or (args.data if args.data.is_dir() else args.data.parent)).resolve()
-    out.mkdir(parents=True, exist_ok=True)
     for name, part in zip(("train", "val"), split(records, args.share, args.seed)):
         target = out / f"data_{name}.jsonl"
-        lines = [json.dumps(_row(record, out), ensure_ascii=False) for record in part]
+        lines = [json.dumps(_row(record, out), ensure_ascii=False, default=str) for record in part]
         _write(target, "\n".join(lines) + "\n")
         _write(out / f"data_{name}.txt", f"{out},{target}\n")
         print(f"{name}: {len(part)} clips of {len({record.path for record in part})} videos -> {out}/data_{name}.txt")

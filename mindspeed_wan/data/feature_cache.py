@@ -17,6 +17,7 @@ from something else is recognised and never read. Rows also hold a checksum of e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -222,16 +223,17 @@ def checksum(tensor: Tensor) -> int:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to disk and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise disk_error(error, path) from None
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mindspeed_wan.data.records import ClipRecord, Problems, RowSource, kind_of
 from mindspeed_wan.data.rows import CAPTION_NAMES, PATH_NAMES, record_from_row
-from mindspeed_wan.data.text_files import read_text
+from mindspeed_wan.data.text_files import is_utf8, printable, read_text
 from mindspeed_wan.errors import ConfigError, DataError, did_you_mean
 
 Rows = Iterator[tuple[Any, RowSource]]
@@ -105,16 +107,18 @@ def _csv_rows(path: Path, problems: Problems) -> Rows:
     text = read_text(path)
     if not text.strip():
         raise DataError("the file is empty", where=str(path))
-    delimiter = "\t" if path.suffix.lower() == ".tsv" or text.split("\n", 1)[0].count("\t") else ","
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",\t;", key=text.split("\n", 1)[0].count)
     csv.field_size_limit(1 << 24)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader)]
         _check_header(header, path)
+        line = reader.line_num
         for cells in reader:
+            first_line, line = line + 1, reader.line_num
             if not any(cell.strip() for cell in cells):
                 continue
-            source = RowSource(str(path), reader.line_num)
+            source = RowSource(str(path), first_line)
             if len(cells) != len(header):
                 problems.add(f"{len(cells)} cells, the header has {len(header)}", source.where,
                              'a cell with a comma is written in double quotes: "a cat, running"')
@@ -125,6 +129,9 @@ def _csv_rows(path: Path, problems: Problems) -> Rows:
 
 
 def _check_header(header: list[str], path: Path) -> None:
+    double = next((name for name in header if name and header.count(name) > 1), None)
+    if double is not None:
+        raise DataError(f"the column '{double}' is there twice", where=f"{path}:1")
     for names, what in ((PATH_NAMES, "clip's path"), (CAPTION_NAMES, "caption")):
         if any(name in header for name in names):
             continue
@@ -148,7 +155,12 @@ def _parquet_rows(path: Path, problems: Problems) -> Rows:
         raise DataError(f"not a Parquet file: {str(error).splitlines()[0]}", where=str(path)) from None
     _check_header(table.column_names, path)
     for number, row in enumerate(table.to_pylist(), 1):
-        yield {key: value for key, value in row.items() if value is not None}, RowSource(str(path), number)
+        yield {key: value for key, value in row.items() if not _is_missing(value)}, RowSource(str(path), number)
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell an empty cell: null, or NaN in a column of floats."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -158,7 +170,7 @@ def read_folder(folder: Path, problems: Problems, *, caption_suffix: str = ".txt
                 ) -> list[ClipRecord]:
     """Read a folder of clips, each with its caption in a text file of the same name (or its own annotation file).
 
-    A ``data.txt``, ``metadata.jsonl``, ``metadata.csv`` or ``metadata.json`` in the folder is read instead.
+    A ``metadata.jsonl``, ``metadata.csv``, ``metadata.json`` or ``metadata.parquet`` in the folder is read instead.
     """
     for name in ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet"):
         if (folder / name).is_file():
@@ -169,7 +181,10 @@ def read_folder(folder: Path, problems: Problems, *, caption_suffix: str = ".txt
         raise DataError("no videos or images in this folder", where=str(folder), fix=_what_is_there(folder))
     records = []
     for path in clips:
-        caption_file = path.with_suffix(caption_suffix)
+        if not is_utf8(str(path)):
+            problems.add("its name is not UTF-8", printable(str(path)), "rename the file")
+            continue
+        caption_file = path.with_name(path.stem + caption_suffix)
         if not caption_file.is_file():
             problems.add(f"{path.name} has no caption file {caption_file.name}", str(path),
                          "write its caption there, or make an annotation with: mindspeed-wan data init FOLDER")
@@ -193,20 +208,23 @@ def _read_musubi(path: Path, problems: Problems) -> list[ClipRecord]:
     ``num_repeats`` are taken.
     """
     settings = _load_toml(path)
-    general = settings.get("general", {})
-    datasets = settings.get("datasets")
-    if not isinstance(datasets, list) or not datasets:
+    general, datasets = settings.get("general", {}), settings.get("datasets")
+    if not isinstance(datasets, list) or not datasets or not all(isinstance(entry, dict) for entry in datasets):
         raise DataError("no [[datasets]] table", where=str(path))
+    if not isinstance(general, dict):
+        raise DataError("general is not a table", where=str(path), fix="write [general]")
     records: list[ClipRecord] = []
     for number, entry in enumerate(datasets, 1):
-        merged = {**general, **entry}
-        found = _musubi_dataset(merged, path, number, problems)
-        records += found * int(merged.get("num_repeats", 1))
+        merged, where = {**general, **entry}, f"{path}: datasets[{number}]"
+        repeats = merged.get("num_repeats", 1)
+        if not isinstance(repeats, int) or repeats < 1:
+            problems.add(f"num_repeats is {repeats!r}; expected a whole number of at least 1", where)
+            continue
+        records += _musubi_dataset(merged, path, where, problems) * repeats
     return records
 
 
-def _musubi_dataset(entry: dict[str, Any], path: Path, number: int, problems: Problems) -> list[ClipRecord]:
-    where = f"{path}: datasets[{number}]"
+def _musubi_dataset(entry: dict[str, Any], path: Path, where: str, problems: Problems) -> list[ClipRecord]:
     for name in ("video_jsonl_file", "image_jsonl_file"):
         if name in entry:
             target = _beside(path, entry[name])
@@ -224,7 +242,7 @@ def _musubi_dataset(entry: dict[str, Any], path: Path, number: int, problems: Pr
 
 
 def _beside(path: Path, value: Any) -> Path:
-    target = Path(str(value)).expanduser()
+    target = Path(os.path.expanduser(str(value)))
     return target if target.is_absolute() or target.exists() else path.parent / target
 
 

@@ -19,6 +19,8 @@ FrameChoice = Literal["random", "head", "center", "uniform", "chunk"]
 
 MODEL_STRIDE = 16
 """Sides of a sample are multiples of this: 8 of the VAE times 2 of the DiT's patch."""
+MOST_FRAMES = 10_000_000
+"""Frames of a clip above which its annotation is wrong: 46 hours at 60 frames a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,9 @@ def frame_window(settings: ClipSettings, num_frames: int, fps: float, cut: tuple
         if fps <= 0:
             raise DataError("has no frame rate, which auto_interval needs", fix="give fps in the annotation")
         interval = 1.0 if abs(fps - settings.train_fps) < 0.1 else fps / settings.train_fps
+    if end - start > interval * MOST_FRAMES:
+        raise DataError(f"has more than {MOST_FRAMES:,} frames at the training frame rate",
+                        fix="correct num_frames or fps in the annotation")
     count = math.ceil((end - start) / interval)
     indices = [start + int(i * interval) for i in range(count) if start + int(i * interval) < end]
     indices = _sped_up(indices, settings)

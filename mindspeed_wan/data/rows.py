@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mindspeed_wan.data.records import ClipRecord, Problems, RowSource, kind_of
+from mindspeed_wan.data.text_files import is_utf8, printable
 from mindspeed_wan.errors import did_you_mean
 
 # The field a format calls by any of these names; the first present wins. MindSpeed-MM: path, cap. DiffSynth: video or
@@ -36,7 +38,7 @@ def record_from_row(row: Any, source: RowSource, folder: Path, problems: Problem
     height, width = reader.resolution()
     num_frames, fps = reader.positive_int("num_frames"), reader.positive_float("fps")
     duration = reader.positive_float("duration")
-    if num_frames is None and duration and fps:
+    if num_frames is None and duration and fps and math.isfinite(duration * fps):
         num_frames = round(duration * fps)
     cut, crop = reader.span("cut"), reader.box("crop")
     if path is None or len(problems.found) > before:
@@ -67,11 +69,14 @@ def _path(row: Mapping[str, Any], source: RowSource, folder: Path, problems: Pro
     if "\x00" in value:
         problems.add(f"'{name}' holds a NUL character", source.where)
         return None
+    if not is_utf8(value):
+        problems.add(f"'{printable(value)}' is not a name in UTF-8", source.where, "rename the file")
+        return None
     if any(mark in value.lower() for mark in _PLACEHOLDERS):
         problems.add(f"'{value}' is a placeholder", source.where, "write the clip's real path")
         return None
-    path = Path(value).expanduser()
-    path = path if path.is_absolute() else folder / path
+    # Absolute, so that it means the same from another folder and in another annotation (data split writes one).
+    path = (folder / os.path.expanduser(value)).absolute()
     if kind_of(path) is None:
         problems.add(f"'{value}' is neither a video nor an image by its name", source.where,
                      "known: mp4 mov avi mkv webm gif ..., jpg png webp ..., pt for feature folders")
@@ -96,7 +101,16 @@ def _captions(row: Mapping[str, Any], source: RowSource, problems: Problems) -> 
             problems.add(f"'{name}' is {type(text).__name__} ({text!r}), not text", source.where)
         elif not text.strip():
             problems.add(f"'{name}' is empty", source.where, "write a caption (caption dropout is a training option)")
+        elif not is_utf8(text):
+            problems.add(f"'{name}' holds half a character: {printable(text)[:60]!r}", source.where)
     return tuple(text for text in texts if isinstance(text, str))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 class _Numbers:
@@ -122,10 +136,11 @@ class _Numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.bad(name, value, "a number")
             return None
-        if not math.isfinite(value):
-            if not math.isnan(value):
-                self.bad(name, value, "a finite number")
-            return None  # an empty cell of a table is NaN
+        if isinstance(value, float) and math.isnan(value):  # an empty cell of a table
+            return None
+        if not _is_finite(value):
+            self.bad(name, value, "a finite number")
+            return None
         return float(value)
 
     def positive_float(self, name: str) -> float | None:
@@ -192,7 +207,8 @@ class _Numbers:
         good = (
             isinstance(value, (list, tuple))
             and len(value) == count
-            and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v == int(v) for v in value)
+            and all(isinstance(v, (int, float)) and not isinstance(v, bool) and _is_finite(v) and v == int(v)
+                    for v in value)
         )
         if not good:
             self.bad(name, value, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -220,10 +221,11 @@ def split(records: Sequence[ClipRecord], share: float, seed: int) -> tuple[list[
     """
     from mindspeed_wan.data.sampler import shuffled
 
-    sources = list(dict.fromkeys(record.path for record in records))
+    source_of = {path: os.path.realpath(path) for path in dict.fromkeys(record.path for record in records)}
+    sources = list(dict.fromkeys(source_of.values()))
     if len(sources) < 2:
         raise DataError(f"{len(sources)} source file cannot be split")
     count = min(len(sources) - 1, max(1, math.floor(share * len(sources) + 0.5)))
     chosen = {sources[i] for i in shuffled(len(sources), seed, 0, "split")[:count].tolist()}
-    first = [record for record in records if record.path in chosen]
-    return first, [record for record in records if record.path not in chosen]
+    first = [record for record in records if source_of[record.path] in chosen]
+    return first, [record for record in records if source_of[record.path] not in chosen]

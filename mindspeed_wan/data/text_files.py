@@ -46,6 +46,20 @@ def decode(raw: bytes, name: str) -> str:
     raise DataError("neither UTF-8 nor GBK text", where=f"{name}:{bad_line}", fix="save the file as UTF-8")
 
 
+def is_utf8(text: str) -> bool:
+    """Tell whether text can be written down: JSON can hold half a character, a file name any bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    """Return text with ``?`` for what is not a character."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _nearest_files(path: Path) -> str | None:
     """Return up to three files beside ``path`` whose names look like it."""
     from mindspeed_wan.errors import nearest

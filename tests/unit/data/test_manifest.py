@@ -91,6 +91,45 @@ def test_data_txt_joins_several_sets_and_a_folder_may_hold_a_comma(root):
     assert [record.path.name for record in records] == ["a.mp4", "b.mp4", "c.mp4", "z.mp4"]
 
 
+@pytest.mark.parametrize("line", ["{root},{root}/d, e.json", '"{root}","{root}/d, e.json"', ".,d, e.json"])
+def test_an_annotation_may_hold_a_comma(root, line, monkeypatch):
+    _write(root, "d, e.json", json.dumps(_rows()))
+    monkeypatch.chdir(root)
+    assert len(load(_write(root, "data.txt", line.format(root=root)))) == 3
+
+
+def test_a_folder_that_describes_its_clips(root):
+    """``data init`` leaves data.txt in the folder; beside data.mp4 that name is the caption of a clip."""
+    _write(root, "d.json", json.dumps(_rows()[:1]))
+    _write(root, "data.txt", f"{root},d.json\n")
+    assert [record.captions for record in load(root)] == [("a red ball",)]
+    (root / "data.mp4").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"a\.mp4 has no caption file"):
+        load(root)
+
+
+def test_paths_do_not_depend_on_the_current_folder(root, monkeypatch):
+    _write(root, "d.json", json.dumps(_rows()))
+    monkeypatch.chdir(root.parent)
+    assert all(record.path.is_absolute() for record in load(Path(root.name) / "d.json"))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_line_of_a_row_is_where_it_begins(root, delimiter):
+    text = delimiter.join(("video", "prompt")) + "\n\n" + "".join(
+        f'{clip}{delimiter}"two\nlines, {delimiter} {number}"\n' for number, (clip, _) in enumerate(CLIPS))
+    assert [r.where.rsplit(":", 1)[1] for r in load(_write(root, "d.csv", text))] == ["3", "5", "7"]
+
+
+def test_empty_cells_of_parquet_and_other_columns(root):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{**row, "fps": float("nan"), "score": float("nan"), "raw": b"\x00"} for row in _rows("video", "prompt")]
+    parquet.write_table(arrow.Table.from_pylist(rows), root / "d.parquet")
+    assert [(record.fps, set(record.extra)) for record in load(root / "d.parquet")] == [(None, {"raw"})] * 3
+
+
 def test_data_folder_wins_over_the_line(root):
     _write(root, "d.json", json.dumps(_rows()))
     assert len(load(_write(root, "data.txt", f"/nowhere,{root}/d.json"), root)) == 3
@@ -189,12 +228,18 @@ DAMAGED: list[tuple[str, str | bytes, str, int | None]] = [
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "num_frames": 2.5}', "whole number", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "num_frames": 0}', "whole number", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "num_frames": true}', "a number", 1),
+    ("d.jsonl", '{"path": "a.mp4", "cap": "x", "num_frames": 1' + "0" * 400 + "}", "'num_frames'", 1),
+    ("d.jsonl", '{"path": "a.mp4", "cap": "x", "crop": [0, 8, 0, 1' + "0" * 400 + "]}", "'crop'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": "480x832"}', "'resolution'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": {"height": 480}}', "'resolution'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": [480, 832, 3]}', "'resolution'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": [480, -1]}', "'width'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "cut": [9, 3]}', "start < end", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "cut": 3}', "'cut'", 1),
+    ("d.jsonl", '{"path": "a.mp4", "cap": "x", "cut": [0, 1e999]}', "'cut'", 1),
+    ("d.jsonl", '{"path": "a.mp4", "cap": "\\ud800 x"}', "half a character", 1),
+    ("d.jsonl", '{"path": "a\\udcd6.mp4", "cap": "x"}', "UTF-8", 1),
+    ("d.jsonl", '{"path": "~nobody-of-this-name/a.mp4", "cap": "x"}', "does not exist", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "crop": [0, 5]}', "'crop'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "crop": [5, 0, 0, 5]}', "left < right", 1),
     ("d.csv", "", "empty", None),
@@ -203,10 +248,15 @@ DAMAGED: list[tuple[str, str | bytes, str, int | None]] = [
     ("d.csv", "clip,prompt\na.mp4,x\n", "no column for the clip", 1),
     ("d.csv", "video,prompt\na.mp4,a cat, running\n", "3 cells", 2),
     ("d.csv", "video,prompt\na.mp4\n", "1 cells", 2),
+    ("d.csv", "video,prompt,prompt\na.mp4,x,y\n", "'prompt' is there twice", 1),
     ("d.csv", "video,prompt\na.mp4,\n", "'prompt' is empty", 2),
     ("d.csv", 'video,prompt\na.mp4,"open\n', "not a CSV table", 2),
     ("d.toml", "[[datasets]\n", "not TOML", None),
     ("d.toml", "[general]\n", "datasets", None),
+    ("d.toml", "datasets = [1, 2]\n", "datasets", None),
+    ("d.toml", 'general = 3\n[[datasets]]\nvideo_directory = "."\n', "general is not a table", None),
+    ("d.toml", '[[datasets]]\nvideo_directory = "."\nnum_repeats = "two"\n', "num_repeats is 'two'", None),
+    ("d.toml", '[[datasets]]\nvideo_directory = "."\nnum_repeats = 0\n', "num_repeats is 0", None),
     ("d.toml", '[[datasets]]\nvideo_directory = "/nowhere"\n', "does not exist", None),
     ("d.toml", "[[datasets]]\nx = 1\n", "names neither", None),
     ("d.xml", "<a/>", "not an annotation format", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 
 from mindspeed_wan.cli import data
 from mindspeed_wan.data import manifest, survey
-from mindspeed_wan.data.records import ClipRecord, RowSource
-from mindspeed_wan.errors import ConfigError, DataError
+from mindspeed_wan.data.records import ClipRecord, Problems, RowSource
+from mindspeed_wan.errors import ConfigError, DataError, ResourceError
 from tests.helpers.odd_media import damaged_files, numbered_frames, odd_files, write_stream
 from tests.helpers.tiny import tiny_clips, tiny_pipeline_folder
 
@@ -84,11 +85,16 @@ def test_init_does_not_overwrite_and_gives_captions(folder, tmp_path):
         (["split", "{f}/data.txt", "--share", "1.5"], ConfigError, "between 0 and 1"),
         (["sheet", "{f}/data.txt", "--limit", "0"], ConfigError, "at least 1"),
         (["stats", "{f}/nothing.jsonl"], DataError, "no such file"),
+        (["init", "{f}", "--out", "{f}/a.mp4"], ResourceError, "cannot write"),
+        (["split", "{f}/data.txt", "--out", "{f}/a.mp4"], ResourceError, "cannot write"),
+        (["check", "{f}/features.json"], ConfigError, "names features"),
     ],
 )
 def test_mistakes_are_named(folder, argv, error, message):
     (folder / "empty").mkdir()
     command("init", folder)
+    text = (folder / "data.json").read_text().replace('"t2v"', '"feature"')
+    (folder / "features.json").write_text(text)
     with pytest.raises(error, match=message):
         command(*[word.format(f=folder) for word in argv])
 
@@ -164,6 +170,59 @@ def test_split_writes_sets_that_load(folder):
     assert sorted(len(part) for part in parts) == [2, 2]
     assert {record.path for part in parts for record in part} == {
         record.path for record in manifest.load(folder / "data.txt")}
+
+
+def test_a_split_of_relative_paths_loads_from_anywhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    rows = [{"path": f"{name}.mp4", "cap": name} for name in ("a", "sub/b", "c", "sub/../a")]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in ([], ["--out", "elsewhere"]):
+        command("split", Path(folder.name) / "d.jsonl", *out)
+        where = tmp_path / out[1] if out else folder
+        parts = [manifest.load(where / f"data_{name}.txt") for name in ("train", "val")]
+        assert sum(map(len, parts)) == 4
+        sources = [{record.path.resolve() for record in part} for part in parts]
+        assert not sources[0] & sources[1]  # one video under two names stays on one side
+
+
+def test_split_keeps_columns_that_json_cannot_hold(folder):
+    arrow = pytest.importorskip("pyarrow")
+    from datetime import datetime
+
+    from pyarrow import parquet
+
+    rows = [{"path": f"{name}.mp4", "cap": name, "taken": datetime(2024, 1, 2)} for name in ("a", "c")]
+    parquet.write_table(arrow.Table.from_pylist(rows), folder / "d.parquet")
+    command("split", folder / "d.parquet", "--share", "0.5")
+    record, = manifest.load(folder / "data_val.txt")
+    assert record.extra["taken"].startswith("2024-01-02")
+
+
+def test_settings_may_be_yaml_and_begin_with_comments(folder, capsys):
+    command("init", folder, "--num-frames", 9, "--size", "64x96")
+    text = (folder / "data.json").read_text()
+    (folder / "data.yaml").write_text(text)
+    (folder / "long.json").write_text("// " + "licence " * 1000 + "\n" + text)
+    for name in ("data.yaml", "long.json"):
+        assert command("check", folder / name) == 0
+    assert capsys.readouterr().out.count("4 clips (first frame decoded): 0 problems") == 2
+
+
+def test_a_name_that_is_not_utf8_is_left_out(folder, capsys):
+    shutil.copy(folder / "a.mp4", folder / os.fsdecode("中文.mp4".encode("gbk")))
+    assert command("init", folder, "--caption", "x") == 0
+    out = capsys.readouterr().out
+    assert "5 clips" in out and "has a name that is not UTF-8" in out
+    (folder / "data.txt").unlink()
+    problems = Problems()
+    manifest.collect(folder, None, problems)
+    assert any("not UTF-8" in problem.message for problem in problems.found)
+
+
+def test_an_empty_annotation_is_a_problem(tmp_path, capsys):
+    (tmp_path / "d.json").write_text("[]")
+    assert command("check", tmp_path / "d.json") == 7
+    assert "no clips" in capsys.readouterr().out
 
 
 def test_statistics(tmp_path, capsys):

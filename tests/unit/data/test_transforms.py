@@ -78,6 +78,12 @@ def test_a_window_of_the_annotation_is_kept():
         frame_window(_settings(), 100, 24, (20, 120))
 
 
+@pytest.mark.parametrize(("frames", "fps"), [(10**12, 24.0), (81, 1e-300), (81, 1e-9), (10**300, 24.0)])
+def test_absurd_annotations_are_named_instead_of_counted(frames, fps):
+    with pytest.raises(DataError, match="more than 10,000,000 frames"):
+        frame_window(_settings(auto_interval=fps != 24.0), frames, fps, None)
+
+
 def test_short_clips_and_missing_rates_are_named():
     with pytest.raises(DataError, match="min_num_frames is 9"):
         frame_window(_settings(min_num_frames=9), 8, 24, None)
