@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -82,10 +82,8 @@ def test_every_preset_plans_training_and_generation(name: str, job: Job) -> None
         assert plan.layouts or all("GiB" in refusal.reason for refusal in plan.refused)
 
 
-def test_thousands_of_devices_are_planned_in_a_second(job: Job) -> None:
-    started = time.process_time()
+def test_thousands_of_devices_are_planned(job: Job) -> None:
     assert search(job, Search(devices=4096)).layouts
-    assert time.process_time() - started < 1.0
 
 
 def test_command_prints_json_and_plots(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -105,7 +103,7 @@ def test_the_start_line_reproduces_the_layout(job: Job) -> None:
     from mindspeed_wan.planning.report import start
 
     plan = search(job, Search(devices=32, tensor=2, context=4, ulysses=2, shard=8))
-    line, *rest = start(plan.layouts[0], "t2v")
+    line, *rest = start(plan.layouts[0], "t2v-A14B")
     for word in ("TP=2", "CP=4", "SP=1", "CP_ALGO=hybrid_cp_algo", "ULYSSES_DEGREE=2", "--recompute-method block"):
         assert word in line
     assert f"--recompute-num-layers {plan.layouts[0].job.recomputed}" in line
@@ -128,7 +126,7 @@ def test_attention_is_kept_where_that_is_faster(job: Job) -> None:
 def test_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["plan", "--device", "h200", "--devices", "8", "--lora", "16"]) == 0
     text = capsys.readouterr().out
-    assert "layouts, fastest first" in text and "start it: TP=" in text
+    assert "layouts, fastest first" in text and "start it: NPROC_PER_NODE=8 TP=" in text
     assert dispatch(["plan", "--infer", "--device", "H200", "--devices", "8", "--cfg", "2"]) == 0
     assert "CFG2" in capsys.readouterr().out
 
@@ -143,12 +141,79 @@ def test_command_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
     (["--memory", "-3"], "positive"),
     (["--tp", "3"], "no layout of 8 devices is legal"),
     (["--infer", "--scaling", "--device", "H200"], "leave --infer out"),
+    (["--infer", "--ema", "--lora", "8"], "--lora, --ema: only for planning training"),
+    (["--cfg", "2"], "--cfg: only for planning a generation"),
+    (["--tp", "0"], "--tp: 0 is below 1"),
+    (["--lora", "-3"], "--lora: -3 is below 0"),
+    (["--global-batch-size", "0"], "--global-batch-size: 0 is below 1"),
+    (["--infer", "--steps", "-5"], "--steps: -5 is below 1"),
+    (["--recompute", "41"], "more than the model's 40 blocks"),
+    (["--memory", "nan"], "--memory: nan is not a positive number"),
+    (["--scaling", "--devices", "8", "--max-devices", "4"], "below the job's 8 devices"),
+    (["--pp", "2", "--tp", "1", "--cp", "1", "--global-batch-size", "7"], "not a multiple of 1 clips"),
+    (["--task", "t2v-14B", "--expert-ranks", "even"], "t2v-14B has one expert"),
 ])
 def test_command_refuses_what_cannot_be_meant(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dispatch(["plan", *argv])
 
 
-def test_command_says_when_nothing_fits() -> None:
-    with pytest.raises(ResourceError, match="nothing fits"):
-        dispatch(["plan", "--devices", "1", "--device", "910B"])
+@pytest.mark.parametrize("argv", [["--devices", "1"], ["--devices", "8", "--tp", "4", "--memory", "24"]])
+def test_command_says_what_is_closest_when_nothing_fits(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ResourceError, match="nothing fits; what misses least") as error:
+        dispatch(["plan", "--device", "910B", *argv])
+    with pytest.raises(ResourceError):
+        dispatch(["plan", "--device", "910B", "--json", *argv])
+    refused = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))["refused"]
+    least = min((row for row in refused if row["needs_bytes"]), key=lambda row: row["needs_bytes"])
+    assert least["name"] in error.value.message
+
+
+def test_a_plot_without_a_place_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot be written"):
+        dispatch(["plan", "--device", "H200", "--max-devices", "8", "--plot", str(tmp_path / "file" / "a.png")])
+
+
+def test_a_generation_shards_over_the_ranks_of_a_video_and_has_no_sequence_parallelism(job: Job) -> None:
+    """As ``inference.runtime.start`` cuts it: CFG x context ranks; videos beside each other share nothing."""
+    generation = job.with_changes(training=False, device=device("H200"))
+    plan = search(generation, Search(devices=8))
+    assert {layout.job.dims.sequence_parallel for layout in plan.layouts} == {False}
+    sharded = [layout.job for layout in plan.layouts if layout.job.fsdp2]
+    assert sharded
+    assert all(one.dims.shard_size == one.cfg * one.dims.context > 1 for one in sharded)
+    refused = search(generation, Search(devices=8, context=2, shard=8)).refused
+    assert any("shards over the 2 ranks (CFG x context) of a video" in refusal.reason for refusal in refused)
+
+
+def test_a_generation_streams_blocks_where_no_expert_fits(job: Job) -> None:
+    small = job.with_changes(training=False, device=device("910B", memory=24 * 2**30))
+    (streamed,) = search(small, Search(devices=1)).layouts
+    assert streamed.name == "blocks streamed" and streamed.memory.host > 50e9
+    (whole,) = search(small.with_changes(device=device("910B")), Search(devices=1)).layouts
+    assert whole.name == "one expert at a time"
+    assert streamed.duration.step > whole.duration.step
+    assert streamed.duration.parts["exposed streaming"] < 0.05 * streamed.duration.step  # a block hides its successor
+
+
+def test_blocks_of_a_stage_are_recomputed_at_most(job: Job) -> None:
+    plan = search(job.with_changes(device=device("H200")), Search(devices=16, pipeline=2, recomputed=30))
+    assert {layout.job.recomputed for layout in plan.layouts} == {20}
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--task", "t2v-14B"], "NPROC_PER_NODE=8 TP=1 .* bash examples/wan2.1/14B/t2v/pretrain.sh"),
+    (["--task", "i2v-14B", "--lora", "8"], "wan2.1/14B/i2v/pretrain.sh --lora-r 8 --lora-alpha 8"),
+    (["--task", "inp-A14B"], "A14B/i2v/pretrain_high.sh"),
+    (["--ema", "--precision", "fp32"], "PRECISION=fp32 .*--ema-decay"),
+    (["--devices", "32", "--size", "720x1280"],
+     "on each of 4 nodes: NPROC_PER_NODE=8 NNODES=4(.|\n)*max_height 720 and max_width 1280 in the data file"),
+    (["--devices", "16", "--expert-ranks", "even"], "2 nodes: NPROC_PER_NODE=8 NNODES=2 EXPERT_RANKS=even"),
+])
+def test_the_start_line_is_that_of_the_task(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["plan", "--device", "H200", "--devices", "8", *argv]) == 0
+    text = capsys.readouterr().out
+    assert re.search(words, text), text[-600:]
+    script = next(word for word in text.split() if word.endswith(".sh"))
+    assert (ROOT / script).is_file()
