@@ -79,7 +79,7 @@ def _merge(base: Path, target: Path, lora: LoraFile, config: WanConfig) -> Path:
 
 
 def _read(path: Path, config: WanConfig, options: LoraOptions) -> LoraFile:
-    lora = read_lora(path, config, alpha_override=options.alpha)
+    lora = read_lora(path, config, alpha_default=options.alpha)
     if options.rank is not None and lora.ranks != [options.rank]:
         raise ConfigError(f"--lora_rank {options.rank}, but the adapter's rank is {'/'.join(map(str, lora.ranks))}",
                           where=str(path), fix="leave --lora_rank out")

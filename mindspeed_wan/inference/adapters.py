@@ -93,7 +93,10 @@ def read_adapters(
         chosen = {experts[0]: [*options.of("high"), *options.of("low")]}
 
     def read(path: Path, expert: str) -> LoraFile:
-        lora = read_lora(path, config, alpha_override=options.alpha)
+        lora = read_lora(path, config, alpha_default=options.alpha, allow_unmatched=options.allow_unmatched)
+        if lora.unmatched and runtime.rank == 0:
+            print(f"warning: {len(lora.unmatched)} keys of {path} match nothing in the model and are left out, first "
+                  f"{lora.unmatched[0]}", flush=True)
         if len(experts) > 1:
             _check_expert(path, lora, expert)
         return lora

@@ -99,6 +99,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("lora_high_weight", "lora_high_weights", float, "their weights, likewise", many=True),
         Flag("lora_merge", "lora_merge", parse_bool, "merge into the weights instead of computing beside them"),
         Flag("lora_alpha", "lora_alpha", float, "alpha of files that carry none (VideoX-Fun's PEFT files)"),
+        Flag("lora_allow_unmatched", "lora_allow_unmatched", parse_bool, "leave out keys that match nothing in it"),
     ),
     "step cache": (
         Flag("step_cache", "cache_method", str, "none, teacache, magcache or taylorseer: reuse earlier changes"),

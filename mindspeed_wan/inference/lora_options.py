@@ -34,6 +34,7 @@ class LoraOptions:
         low_weights, high_weights: one for all of that expert's files, or one for each; 1.0 when none is given.
         merge: merge into the weights instead of computing beside them.
         alpha: use this alpha for files that carry none.
+        allow_unmatched: leave out keys that name nothing in the model.
     """
 
     low_paths: tuple[Path, ...] = ()
@@ -42,6 +43,7 @@ class LoraOptions:
     high_weights: tuple[float, ...] = ()
     merge: bool = False
     alpha: float | None = None
+    allow_unmatched: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.low_paths or self.high_paths)
@@ -75,7 +77,7 @@ class LoraOptions:
         """Return what decides a video's content, JSON-ready: files by name, size and time, and their weights."""
         return {
             **{expert: [[str(path), *_stamp(path), weight] for path, weight in self.of(expert)] for expert in EXPERTS},
-            "merge": self.merge, "alpha": self.alpha,
+            "merge": self.merge, "alpha": self.alpha, "allow_unmatched": self.allow_unmatched,
         }
 
 

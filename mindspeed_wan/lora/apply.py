@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from mindspeed_wan.diffusion import randomness
 from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
 from mindspeed_wan.lora.layers import LORA_A, LORA_B, LoraHook, Setting, adapt, hook_of
-from mindspeed_wan.lora.spec import AdapterSize, LinearModule, LoraSpec, linear_modules
+from mindspeed_wan.lora.spec import AdapterSize, LinearModule, LoraSpec, linear_modules, patch_embedding
 from mindspeed_wan.models.quantization import QuantizedLinear
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.views import global_view, global_views, local_slices
@@ -147,11 +148,11 @@ def load_adapter(
 
     Args:
         name: handle for ``set_weight`` and ``unload``.
-        weight: strength; plain differences are added to the parameters times this weight.
+        weight: strength; plain differences are added to the parameters times this weight, rounded to their dtype.
         dtype: of the factors; default that of the layer's weight.
     """
     _check_name(model, name)
-    _apply_diffs(model, lora, name, weight, groups)
+    _add_differences(model, lora, name, weight, groups)
     held = linear_modules_of(model)
     for mm, adapter in lora.adapters.items():
         if mm not in held:
@@ -170,37 +171,38 @@ def load_adapter(
     _forget_compiled()
 
 
+@torch.no_grad()
 def set_weight(model: WanDiT, name: str, weight: float) -> None:
     """Change the strength of a loaded adapter; 0 switches it off at no cost."""
-    hooks, saved = list(_hooks(model, name)), _saved_diffs(model).get(name)
-    if not hooks and saved is None:
+    hooks, differences = list(_hooks(model, name)), _differences(model)
+    if not hooks and name not in differences.of:
         raise _unknown(model, name)
-    if saved is not None:
-        raise ConfigError(f"adapter {name!r} has plain differences in the parameters, whose weight is fixed at loading",
-                          fix="unload it and load it again with another weight")
     for _, hook in hooks:
         hook.settings[name].weight = weight
+    if name in differences.of:
+        differences.weights[name] = weight
+        differences.put(model, differences.of[name])
 
 
 @torch.no_grad()
 def unload(model: WanDiT, name: str) -> None:
     """Take an adapter off; the model is bit for bit what it was before ``load_adapter``."""
-    hooks, saved = list(_hooks(model, name)), _saved_diffs(model).pop(name, None)
-    if not hooks and saved is None:
+    hooks, differences = list(_hooks(model, name)), _differences(model)
+    if not hooks and name not in differences.of:
         raise _unknown(model, name)
+    differences.put(model, differences.of.pop(name, {}))
+    differences.weights.pop(name, None)
     for mm, hook in hooks:
         hook.remove(model.get_submodule(mm), name)
         for part in (LORA_A, LORA_B):
             model.param_layout.pop(f"{mm}.{part}.{name}.weight", None)
-    for parameter, original in (saved or {}).items():
-        _local(model.get_parameter(parameter)).copy_(original)
     _forget_compiled()
 
 
 def adapter_names(model: WanDiT) -> list[str]:
     """Return the names of all adapters on the model, in loading order."""
     found = dict.fromkeys(name for _, hook in _all_hooks(model) for name in hook.settings)
-    return list(dict.fromkeys([*found, *_saved_diffs(model)]))
+    return list(dict.fromkeys([*found, *_differences(model).of]))
 
 
 def export_adapter(
@@ -238,10 +240,36 @@ def _of_all_stages(adapters: dict[str, Adapter], groups: ParallelGroups | None) 
 # ---- plain differences ------------------------------------------------------------------------------------------
 
 
-def _apply_diffs(model: WanDiT, lora: LoraFile, name: str, weight: float, groups: ParallelGroups | None) -> None:
-    if not lora.diffs:
-        return
-    saved: dict[str, Tensor] = {}
+@dataclass
+class Differences:
+    """What adapters add to the model's parameters: this rank's parts, and the bits that were there before.
+
+    A parameter is always its original plus everything that is on it, so adapters may share one, come off in any order
+    and change their weight; with the last one off it has its original bits.
+    """
+
+    of: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, model: WanDiT, parameters: Iterable[str]) -> None:
+        """Bring ``parameters`` in step with the adapters that are there now."""
+        for parameter in parameters:
+            local = _local(model.get_parameter(parameter))
+            on_it = [(self.weights[name], diffs[parameter]) for name, diffs in self.of.items() if parameter in diffs]
+            if not on_it:
+                local.copy_(self.originals.pop(parameter))
+                continue
+            if parameter not in self.originals:
+                self.originals[parameter] = local.clone()
+            total = self.originals[parameter].to(torch.float32, copy=True)
+            for weight, diff in on_it:
+                total += diff.to(total.device, torch.float32) * weight
+            local.copy_(total)
+
+
+def _add_differences(model: WanDiT, lora: LoraFile, name: str, weight: float, groups: ParallelGroups | None) -> None:
+    parts: dict[str, Tensor] = {}
     for parameter, diff in lora.diffs.items():
         if parameter not in model.param_layout:
             continue  # another pipeline stage's
@@ -249,17 +277,16 @@ def _apply_diffs(model: WanDiT, lora: LoraFile, name: str, weight: float, groups
         if not target.is_floating_point():
             raise ConfigError(f"an adapter changes {parameter} itself, which is held in 8 bits",
                               fix="merge it (--lora_merge), or keep that layer in high precision (--quantize_keep)")
-        local, index = local_slices(global_view(target.detach(), model.param_layout[parameter], groups))
-        if any(parameter in others for others in _saved_diffs(model).values()):
-            raise ConfigError(f"two adapters change {parameter}", fix="merge one of them into the weights first")
-        saved[parameter] = local.clone()
-        local.add_(diff[index].to(local.device, torch.float32) * weight)
-    _saved_diffs(model)[name] = saved
+        _, index = local_slices(global_view(target.detach(), model.param_layout[parameter], groups))
+        parts[parameter] = diff[index]
+    if parts:
+        differences = _differences(model)
+        differences.of[name], differences.weights[name] = parts, weight
+        differences.put(model, parts)
 
 
-def _saved_diffs(model: WanDiT) -> dict[str, dict[str, Tensor]]:
-    """Original local values of parameters that adapters changed, by adapter: unloading restores the exact bits."""
-    return model.__dict__.setdefault("_lora_saved_parameters", {})
+def _differences(model: WanDiT) -> Differences:
+    return model.__dict__.setdefault("_lora_differences", Differences())
 
 
 # ---- shared -----------------------------------------------------------------------------------------------------
@@ -271,11 +298,12 @@ def _adapted(model: WanDiT, mm: str) -> tuple[nn.Module, LoraHook]:
 
 
 def linear_modules_of(model: WanDiT) -> dict[str, LinearModule]:
-    """Return ``linear_modules`` of what this rank holds (kept with the model: the table has 406 rows)."""
+    """Return the modules of this rank that an adapter can sit on (kept with the model: the table has 407 rows)."""
     cached = model.__dict__.get("_lora_linear_modules")
     if cached is None:
         held = {name for name, _ in model.named_modules()}
-        table = linear_modules(model.config)
+        patches = patch_embedding(model.config)
+        table = {patches.mm: patches, **linear_modules(model.config)}
         cached = model.__dict__["_lora_linear_modules"] = {mm: row for mm, row in table.items() if mm in held}
     return cached
 

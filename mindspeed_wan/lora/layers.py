@@ -13,7 +13,8 @@ column        whole                out split             none; each rank's dA is
 row           in split             whole                 A x is a part: summed over ranks, ``[L, B, rank]`` only;
                                                          with sequence parallelism the sum is scattered along L and
                                                          each rank's dB is a part (its tokens)
-whole         whole                whole                 none; with sequence parallelism the head's are parts
+whole         whole                whole                 none; with sequence parallelism the head's and the patch
+                                                         embedding's are parts
 ============= ==================== ===================== =========================================================
 """
 
@@ -109,8 +110,8 @@ class LoraHook:
             return ParamLayout(tp_partial=True), ParamLayout(tp_axis=0)
         if self.info.tp_axis == 1:
             return ParamLayout(tp_axis=1), ParamLayout(tp_partial=self.sequence_parallel)
-        # Of the replicated layers only the head is applied to tokens; time and text branches are whole on every rank.
-        partial = self.sequence_parallel and self.info.mm.startswith("head.")
+        # Of the replicated layers these are applied to tokens; time and text branches are whole on every rank.
+        partial = self.sequence_parallel and self.info.mm in ("patch_embedding", "head.head")
         return ParamLayout(tp_partial=partial), ParamLayout(tp_partial=partial)
 
     def add(self, module: nn.Module, name: str, down: Tensor, up: Tensor, setting: Setting, *, trainable: bool) -> None:

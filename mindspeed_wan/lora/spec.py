@@ -63,6 +63,13 @@ def linear_modules(config: WanConfig) -> dict[str, LinearModule]:
     }
 
 
+def patch_embedding(config: WanConfig) -> LinearModule:
+    """Return the patch embedding: a convolution in name, one product with a matrix here. Files may adapt it."""
+    param = next(param for param in parameter_table(config) if param.mm == "patch_embedding.weight")
+    module = param.mm.removesuffix(".weight")
+    return LinearModule(module, module, module, param.shape[0], math.prod(param.shape[1:]), None, None)
+
+
 def _is_linear_weight(param: Param) -> bool:
     return param.mm.endswith(".weight") and len(param.shape) == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,34 @@ def kohya_alpha(metadata: Mapping[str, str]) -> float | None:
         return None
 
 
-def own_alphas(alphas: Mapping[str, float], *, folded_from: str | None) -> str:
-    """Return our metadata: the most common alpha once, exceptions by MM module name.
+def own_metadata(alphas: Mapping[str, float], dtypes: Mapping[str, str] | None = None) -> str:
+    """Return our metadata: the most common value once, exceptions by MM module name.
 
-    ``folded_from`` is the dtype of the adapter before its scale was multiplied into B, which may have needed fp32.
+    ``dtypes`` are those of the adapters before their scale was multiplied into B, which may have needed a wider one.
     """
-    values = list(alphas.values())
-    common = max(set(values), key=values.count)
-    others = {name: alpha for name, alpha in alphas.items() if alpha != common}
-    return json.dumps({"alpha": common, "alpha_of": others, "folded_from": folded_from}, sort_keys=True)
+    values = dict(zip(("alpha", "alpha_of"), _common(alphas)))
+    if dtypes:
+        values.update(zip(("folded_from", "folded_from_of"), _common(dtypes)))
+    return json.dumps(values, sort_keys=True)
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most common value and the others by name."""
+    common, _ = Counter(values.values()).most_common(1)[0]
+    return common, {name: value for name, value in values.items() if value != common}
+
+
+def own_alpha(own: Mapping[str, Any], mm: str, where: str) -> float:
+    """Return the alpha that our metadata gives module ``mm``."""
+    try:
+        return float(own.get("alpha_of", {}).get(mm, own["alpha"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"metadata {OWN_KEY} is damaged ({error!r})", where=where) from None
+
+
+def folded_from(own: Mapping[str, Any], mm: str, where: str) -> str | None:
+    """Return the dtype that our metadata says module ``mm`` had before folding; ``None`` when nothing was folded."""
+    try:
+        return own.get("folded_from_of", {}).get(mm, own.get("folded_from"))
+    except AttributeError as error:
+        raise CheckpointError(f"metadata {OWN_KEY} is damaged ({error!r})", where=where) from None

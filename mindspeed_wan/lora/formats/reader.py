@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_wan.checkpoint.safe_load import read_safetensors_header, safe_torch_load
-from mindspeed_wan.errors import CheckpointError
+from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.lora.formats import alpha as alphas
 from mindspeed_wan.lora.formats.bias import to_difference
 from mindspeed_wan.lora.formats.file import Adapter, LoraFile
@@ -24,6 +24,7 @@ FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "
 """What to look for in a folder."""
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ANOTHER_ALPHA = "'mindspeed-wan lora convert --alpha-override ALPHA' writes one that you know"
 MAX_NAMED = 10
 
 
@@ -32,6 +33,7 @@ def read_lora(
     config: WanConfig,
     *,
     alpha_override: float | None = None,
+    alpha_default: float | None = None,
     allow_unmatched: bool = False,
 ) -> LoraFile:
     """Read the adapter file (or the folder that holds one) at ``path`` for the model ``config``.
@@ -39,6 +41,7 @@ def read_lora(
     Args:
         alpha_override: use this alpha for every module, whatever the file says; VideoX-Fun's ``--use_peft_lora``
             files carry none, although trained at alpha / rank = 32 / 64.
+        alpha_default: the alpha of modules for which the file says none, instead of their rank.
         allow_unmatched: keep going when keys name nothing in the model; they are listed in ``LoraFile.unmatched``.
 
     Raises:
@@ -47,7 +50,7 @@ def read_lora(
     file = find_file(path)
     tensors, metadata = read_tensors(file)
     return parse(tensors, metadata, config, where=str(file), file=file, alpha_override=alpha_override,
-                 allow_unmatched=allow_unmatched)
+                 alpha_default=alpha_default, allow_unmatched=allow_unmatched)
 
 
 def find_file(path: str | Path) -> Path:
@@ -90,6 +93,7 @@ def parse(
     where: str = "lora",
     file: Path | None = None,
     alpha_override: float | None = None,
+    alpha_default: float | None = None,
     allow_unmatched: bool = False,
 ) -> LoraFile:
     """Turn a file's tensors (any device, meta included) into a :class:`LoraFile`; see :func:`read_lora`."""
@@ -102,8 +106,9 @@ def parse(
     if unmatched and not allow_unmatched:
         shown = ", ".join(unmatched[:MAX_NAMED])
         raise CheckpointError(f"{len(unmatched)} keys match nothing in the model: {shown}", where=where,
-                              fix="use --allow-unmatched to leave them out")
-    scales = _AlphaSource(metadata, file, names, format_name, where, alpha_override)
+                              fix="is it for another model? 'mindspeed-wan lora convert --allow-unmatched' leaves them "
+                                  "out")
+    scales = _AlphaSource(metadata, file, names, format_name, where, alpha_override, alpha_default)
     adapters: dict[str, Adapter] = {}
     diffs: dict[str, Tensor] = {}
     for mm in sorted(parts, key=_model_order(names)):
@@ -163,7 +168,8 @@ def _adapter(
     param = names.params.get(f"{mm}.weight")
     if param is None or len(param.shape) < 2:
         raise CheckpointError(f"{mm} is not a linear layer, but has a low-rank pair", where=where)
-    down, up = _matrix(mm, "down", roles["down"], where), _matrix(mm, "up", roles["up"], where)
+    down = _matrix(mm, "down", _without_kernel(roles["down"], param.shape), where)
+    up = _matrix(mm, "up", roles["up"], where)
     if down.shape[0] != up.shape[1]:
         raise CheckpointError(f"{mm}: ranks of down {list(down.shape)} and up {list(up.shape)} differ", where=where)
     if down.shape[0] == 0:
@@ -175,6 +181,11 @@ def _adapter(
     if down.dtype != up.dtype:
         raise CheckpointError(f"{mm}: down is {down.dtype}, up is {up.dtype}", where=where)
     return Adapter(*scales.unfold(mm, down, up), scales.of(mm, down.shape[0], roles.get("alpha")))
+
+
+def _without_kernel(down: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the A of a convolution, which some files keep in its kernel's shape, as a matrix."""
+    return down.flatten(1) if len(shape) > 2 and down.shape[1:] == shape[1:] else down
 
 
 def _matrix(mm: str, role: str, tensor: Tensor, where: str) -> Tensor:
@@ -217,9 +228,9 @@ class _AlphaSource:
 
     def __init__(
         self, metadata: Mapping[str, str], file: Path | None, names: NameTable, format_name: str, where: str,
-        override: float | None,
+        override: float | None, default: float | None,
     ) -> None:
-        self.names, self.where, self.override = names, where, override
+        self.names, self.where, self.override, self.default = names, where, override, default
         self._modules: dict[str, list[str]] = {}
         self.own = None
         if alphas.OWN_KEY in metadata:
@@ -227,12 +238,13 @@ class _AlphaSource:
         in_peft_terms = FORMATS[format_name].layout == "hf"
         self.peft = alphas.peft_settings(metadata, file, where) if in_peft_terms else None
         self.kohya = alphas.kohya_alpha(metadata)
-        if override is not None and not (math.isfinite(override) and override > 0):
-            raise CheckpointError(f"alpha override {override} is not positive", where=where)
+        for given in (override, default):
+            if given is not None and not (math.isfinite(given) and given > 0):
+                raise ConfigError(f"alpha {given} is not positive")
 
     def unfold(self, mm: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Undo what our writer did for a loader that knows no scale: return A and B as they were."""
-        name = (self.own or {}).get("folded_from")
+        name = alphas.folded_from(self.own or {}, mm, self.where)
         dtype = next((dtype for dtype in _DTYPES if str(dtype) == f"torch.{name}"), None)
         if dtype is None:
             return down, up
@@ -249,12 +261,14 @@ class _AlphaSource:
             alpha, source = alphas.peft_alpha(self.peft, name, rank, self.where), "metadata"
         elif self.kohya is not None:
             alpha, source = self.kohya, "metadata"
+        elif self.default is not None:
+            alpha, source = self.default, "given"
         else:
             alpha, source = float(rank), "default"
         if self.override is not None:
             alpha, source = self.override, "override"
         if not math.isfinite(alpha) or alpha <= 0:
-            raise CheckpointError(f"{mm}: alpha is {alpha}", where=self.where, fix="use --alpha-override")
+            raise CheckpointError(f"{mm}: alpha is {alpha}", where=self.where, fix=_ANOTHER_ALPHA)
         self._modules.setdefault(source, []).append(mm)
         return alpha
 
@@ -264,15 +278,12 @@ class _AlphaSource:
             missing = next(modules for source, modules in self._modules.items() if source != "stored")
             raise CheckpointError(f"alpha is stored for {len(self._modules['stored'])} modules but missing for "
                                   f"{len(missing)}, first {missing[0]}", where=self.where,
-                                  fix="the file is damaged; or use --alpha-override")
+                                  fix=f"the file is damaged; or {_ANOTHER_ALPHA}")
         return next(iter(self._modules), "default")
 
     def _own_alpha(self, mm: str) -> float:
         assert self.own is not None
-        try:
-            return float(self.own.get("alpha_of", {}).get(mm, self.own["alpha"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"metadata {alphas.OWN_KEY} is damaged ({error!r})", where=self.where) from None
+        return alphas.own_alpha(self.own, mm, self.where)
 
     def _stored(self, mm: str, stored: Tensor) -> float:
         if stored.numel() != 1:

@@ -42,8 +42,11 @@ def write_lora(
 
     Raises:
         CheckpointError: differences that the format has no words for.
+        ConfigError: ``path`` is a folder, but the format is one file.
         ResourceError: the disk is full; what was at ``path`` is untouched.
     """
+    if format_name != "peft" and Path(path).is_dir():
+        raise ConfigError(f"{path} is a folder", fix="name the file to write, such as adapter.safetensors")
     tensors, strings = to_tensors(lora, config, format_name, drop_diffs=drop_diffs)
     strings.update(metadata or {})
     file = Path(path) / "adapter_model.safetensors" if format_name == "peft" else Path(path)
@@ -71,6 +74,9 @@ def to_tensors(
     for mm, adapter in lora.adapters.items():
         stem = _stem(mm, spelling, names)
         down, up = _folded(adapter) if spelling.alpha == "folded" else (adapter.down, adapter.up)
+        kernel = names.params[f"{mm}.weight"].shape[1:]
+        if len(kernel) > 1:  # loaders make a convolution of A and a pointwise one of B
+            down, up = down.reshape(-1, *kernel), up.reshape(*up.shape, *[1] * (len(kernel) - 1))
         tensors[stem + spelling.down] = down
         tensors[stem + spelling.up] = up
         if spelling.alpha == "tensor":
@@ -122,11 +128,17 @@ def _stem(mm: str, spelling: Format, names: NameTable) -> str:
 
 
 def _folded(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Return (A, scale * B) in the first dtype, the file's or fp32, from which the reader gets B back bit for bit."""
-    folded = adapter.up * adapter.scale
-    if not torch.equal(folded / adapter.scale, adapter.up):
-        return adapter.down.float(), adapter.up.float() * adapter.scale
-    return adapter.down, folded
+    """Return (A, scale * B) in the first dtype, the file's or a wider one, that gives B back to the reader bit for bit.
+
+    fp32 times an odd scale needs fp64.
+    """
+    up, scale = adapter.up, adapter.scale
+
+    def comes_back(dtype: torch.dtype) -> bool:
+        return torch.equal((up.to(dtype) * scale / scale).to(up.dtype), up)
+
+    dtype = next(filter(comes_back, (up.dtype, torch.float32)), torch.float64)
+    return adapter.down.to(dtype), up.to(dtype) * scale
 
 
 def _alpha_tensor(adapter: Adapter) -> Tensor:
@@ -164,13 +176,9 @@ def _metadata(lora: LoraFile, config: WanConfig, spelling: Format) -> dict[str, 
             kept["ss_network_dim"] = str(max(lora.ranks))
             kept["ss_network_alpha"] = repr(max(effective.values()))
     else:
-        kept[alphas.OWN_KEY] = _own_metadata(lora, effective, spelling)
+        dtypes = {name: str(adapter.up.dtype).removeprefix("torch.") for name, adapter in lora.adapters.items()}
+        kept[alphas.OWN_KEY] = alphas.own_metadata(effective, dtypes if spelling.alpha == "folded" else None)
     return kept
-
-
-def _own_metadata(lora: LoraFile, effective: Mapping[str, float], spelling: Format) -> str:
-    dtype = str(next(iter(lora.adapters.values())).up.dtype).removeprefix("torch.")
-    return alphas.own_alphas(effective, folded_from=dtype if spelling.alpha == "folded" else None)
 
 
 def _peft_config(lora: LoraFile, config: WanConfig) -> dict[str, Any]:

@@ -66,15 +66,19 @@ def test_ranks_and_alphas_may_differ_per_module(tmp_path: Path, name: str) -> No
 
 
 def test_odd_scales_survive_formats_that_fold_them(tmp_path: Path) -> None:
-    """DiffSynth's loader knows no alpha, so the scale goes into B: exact for powers of two, else to the last bit."""
+    """DiffSynth's loader knows no alpha, so the scale goes into B, in the dtype that gives every bit back."""
     lora = random_lora(rank=4, alpha=2.2)
-    back = read_lora(write(lora, tmp_path, "diffsynth"), TINY)
-    for name, adapter in lora.adapters.items():
-        assert back.adapters[name].alpha == 2.2
-        assert torch.allclose(back.adapters[name].up, adapter.up, rtol=2e-7, atol=0)
+    assert same(read_lora(write(lora, tmp_path, "diffsynth"), TINY), lora)
     seen_by_diffsynth = load_file(tmp_path / "diffsynth.safetensors")
     key = "blocks.0.self_attn.q.lora_B.default.weight"
-    assert torch.equal(seen_by_diffsynth[key], lora.adapters["blocks.0.self_attn.proj_q"].up * (2.2 / 4))
+    assert torch.equal(seen_by_diffsynth[key], lora.adapters["blocks.0.self_attn.proj_q"].up.double() * (2.2 / 4))
+
+
+def test_modules_of_several_dtypes_survive_folding(tmp_path: Path) -> None:
+    lora, half = random_lora(rank=4, alpha=2.2), random_lora(rank=4, alpha=2.2, dtype=torch.bfloat16)
+    name = "blocks.1.ffn.0"
+    mixed = LoraFile({**lora.adapters, name: half.adapters[name]})
+    assert same(read_lora(write(mixed, tmp_path, "diffsynth"), TINY), mixed)
 
 
 KNOWN_KEYS = {
@@ -179,6 +183,31 @@ def test_alpha_missing_means_rank_and_can_be_overridden() -> None:
     assert (lora.adapters["blocks.0.self_attn.proj_q"].scale, lora.alpha_source) == (1.0, "default")
     lora = parse(pair(), {}, TINY, alpha_override=2.0)
     assert (lora.adapters["blocks.0.self_attn.proj_q"].scale, lora.alpha_source) == (0.5, "override")
+
+
+def test_a_default_alpha_counts_where_the_file_says_none() -> None:
+    lora = parse(pair(), {}, TINY, alpha_default=2.0)
+    assert (lora.adapters["blocks.0.self_attn.proj_q"].scale, lora.alpha_source) == (0.5, "given")
+    stored = {**pair("lora_unet_blocks_0_self_attn_q"), "lora_unet_blocks_0_self_attn_q.alpha": torch.tensor(4.0)}
+    lora = parse(stored, {}, TINY, alpha_default=2.0)
+    assert (lora.adapters["blocks.0.self_attn.proj_q"].scale, lora.alpha_source) == (1.0, "stored")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_pair_on_the_patch_embedding_keeps_the_convolutions_shape(tmp_path: Path, name: str) -> None:
+    down, up = torch.randn(4, 16, 1, 2, 2), torch.randn(TINY.dim, 4, 1, 1, 1)
+    stem = "transformer.patch_embedding."
+    lora = parse({stem + "lora_A.weight": down, stem + "lora_B.weight": up}, {}, TINY)
+    assert torch.equal(lora.adapters["patch_embedding"].down, down.flatten(1))
+    path = write(lora, tmp_path, name)
+    assert same(read_lora(path, TINY), lora)
+    assert sorted(map(tuple, (t.shape for t in load_file(path).values() if t.ndim))) == [(4, 16, 1, 2, 2),
+                                                                                        (TINY.dim, 4, 1, 1, 1)]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        write_lora(random_lora(), tmp_path, TINY, "comfy")
 
 
 def test_override_of_a_folded_file(tmp_path: Path) -> None:

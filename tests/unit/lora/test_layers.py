@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.lora import apply
-from mindspeed_wan.lora.formats import LoraFile
+from mindspeed_wan.lora.formats import Adapter, LoraFile
+from mindspeed_wan.lora.merge_model import merge_into_model
 from mindspeed_wan.lora.spec import LoraSpec, linear_modules
 from mindspeed_wan.models.wan.model import WanDiT
 from tests.helpers.oracle import TINY, diffusers_model, mm_state_dict, random_batch
@@ -152,6 +153,37 @@ def test_runtime_adapter_equals_merged_weights(model: WanDiT) -> None:
         for name, diff in lora.diffs.items():
             model.get_parameter(name).add_(diff * 0.8)
     assert relative(unmerged, run(model)) < 5e-6
+
+
+def test_a_pair_on_the_patch_embedding_acts_beside_the_weights(model: WanDiT) -> None:
+    down, up = torch.randn(4, 64) * 0.1, torch.randn(TINY.dim, 4) * 0.1
+    lora = LoraFile({"patch_embedding": Adapter(down, up, 2.0)})
+    base = run(model)
+    apply.load_adapter(model, lora, "x", weight=0.8)
+    beside = run(model)
+    apply.unload(model, "x")
+    assert torch.equal(run(model), base)
+    merge_into_model(model, [(lora, 0.8)])
+    assert relative(beside, base) > 1e-3
+    assert relative(beside, run(model)) < 5e-6
+
+
+def test_adapters_may_change_the_same_parameter(model: WanDiT) -> None:
+    base = run(model)
+    one, two = (random_lora(TINY, diffs=True, seed=seed) for seed in (1, 2))
+    apply.load_adapter(model, two, "two", weight=0.5)
+    only_two = run(model)
+    apply.load_adapter(model, one, "one")
+    both = run(model)
+    assert relative(both, only_two) > 1e-3
+    apply.set_weight(model, "two", 0.25)
+    assert relative(run(model), both) > 1e-3
+    apply.set_weight(model, "two", 0.5)
+    assert torch.equal(run(model), both)
+    apply.unload(model, "one")
+    assert torch.equal(run(model), only_two)
+    apply.unload(model, "two")
+    assert torch.equal(run(model), base)
 
 
 def test_text_context_sees_the_adapter(model: WanDiT) -> None:
