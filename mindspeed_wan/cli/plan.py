@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_wan.errors import ConfigError, ResourceError, did_you_mean
@@ -15,10 +17,19 @@ from mindspeed_wan.planning.devices import GB, GIB, Device, device
 from mindspeed_wan.planning.devices import PRESETS as DEVICES
 from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.joint import JointPlan, plan_joint
-from mindspeed_wan.planning.layouts import Layout, Search, search
+from mindspeed_wan.planning.layouts import Layout, Refusal, Search, search
 from mindspeed_wan.planning.scaling import scaling
 
 SCALING_LIMIT = 4096
+LEAST = {"devices": 1, "devices_per_node": 1, "lora": 0, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1,
+         "tp": 1, "cp": 1, "ulysses": 1, "pp": 1, "vp": 1, "shard": 0, "recompute": 0, "cfg": 1, "max_devices": 1}
+"""The smallest value of every whole number."""
+HARDWARE = {"memory": ("memory", GIB), "tflops": ("peak_flops", 1e12), "intra": ("intra", GB), "inter": ("inter", GB)}
+"""Flags that replace a preset's value: its field and unit."""
+TRAINING_ONLY = ("lora", "base_dtype", "fp32_residual", "micro_batch_size", "global_batch_size", "ema",
+                 "recompute_offload", "optimizer_cpu_offload", "optimizer", "features", "pp", "vp", "recompute",
+                 "no_sp", "expert_ranks", "expert_iters", "scaling", "plot")
+GENERATION_ONLY = ("steps", "cfg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: sizes that no model or device has, or degrees that do not factor.
         ResourceError: no layout fits into the devices' memory.
     """
+    _check_values(args)
+    _check_purpose(args)
     job, wanted = _job(args), _search(args)
     if args.expert_ranks is not None:
         return _run_joint(args, job, wanted)
@@ -84,30 +97,63 @@ def run(args: argparse.Namespace) -> int:
     if plan.layouts:
         best = plan.layouts[0]
         if not args.json and job.training:
-            print("", *report.start(best, args.task.partition("-")[0]), sep="\n")
+            print("", *report.start(best, args.task), sep="\n")
         if args.scaling or args.plot:
             values["scaling"] = _scaling(args, best)
     if args.json:
         print(json.dumps(values, indent=1))
     if not plan.layouts:
-        raise _nothing_runs(args, plan.refused[0].reason if plan.refused else "no degrees divide the devices")
+        raise _nothing_runs(args.devices, plan.refused)
     return 0
 
 
+def _check_values(args: argparse.Namespace) -> None:
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{value} is below {least}", where=_flag(name))
+    for name in HARDWARE:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{value:g} is not a positive number", where=_flag(name))
+    if (args.scaling or args.plot) and args.max_devices < args.devices:
+        raise ConfigError(f"{args.max_devices} is below the job's {args.devices} devices", where="--max-devices")
+    blocks = PRESETS[args.task].num_layers if args.task in PRESETS else math.inf
+    if args.recompute is not None and args.recompute > blocks:
+        raise ConfigError(f"{args.recompute} is more than the model's {blocks} blocks", where="--recompute")
+
+
+def _check_purpose(args: argparse.Namespace) -> None:
+    """A flag that the plan would not read is refused."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    unread = [_flag(name) for name in (TRAINING_ONLY if args.infer else GENERATION_ONLY)
+              if getattr(args, name) != parser.get_default(name)]
+    if unread:
+        what, fix = ("training", "leave --infer out, or these") if args.infer else ("a generation", "add --infer")
+        raise ConfigError(f"{', '.join(unread)}: only for planning {what}", fix=fix)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _run_joint(args: argparse.Namespace, job: Job, wanted: Search) -> int:
-    if args.infer or args.scaling or args.plot:
-        raise ConfigError("--expert-ranks plans training, without scaling", where="--expert-ranks",
-                          fix="leave --infer, --scaling and --plot out")
+    if args.scaling or args.plot:
+        raise ConfigError("--expert-ranks with --scaling or --plot: two jobs, which do not grow together",
+                          fix="plan the scaling of one expert")
+    if SAMPLING_DEFAULTS[args.task].boundary is None:
+        raise ConfigError(f"{args.task} has one expert", where="--expert-ranks", fix="leave it out")
     plan: JointPlan = plan_joint(job, wanted, args.expert_ranks, _iterations(args.expert_iters))
     if args.json:
         print(json.dumps(joint_report.as_dict(plan), indent=1))
     else:
         print(joint_report.text(plan, everything=args.all))
         if plan.chosen.runs:
-            print(*joint_report.start(plan, args.task.partition("-")[0]), sep="\n")
+            print(*joint_report.start(plan, args.task), sep="\n")
     for part in plan.chosen.plans:
         if not part.layouts:
-            raise _nothing_runs(args, part.refused[0].reason if part.refused else "no degrees divide the devices")
+            raise _nothing_runs(sum(plan.chosen.sizes), part.refused)
     return 0
 
 
@@ -118,10 +164,15 @@ def _iterations(text: str | None) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-def _nothing_runs(args: argparse.Namespace, reason: str) -> ConfigError | ResourceError:
-    if "GiB" in reason:
-        return ResourceError(f"nothing fits: {reason}", fix="use more --devices, a smaller --size or fewer --frames")
-    return ConfigError(f"no layout of {args.devices} devices is legal: {reason}", fix="leave a degree out")
+def _nothing_runs(devices: int, refused: Sequence[Refusal]) -> ConfigError | ResourceError:
+    """Return the error that names the refusal closest to running, which comes first."""
+    if not refused:
+        return ConfigError(f"no degrees divide {devices} devices", fix="leave a degree out")
+    nearest = refused[0]
+    if nearest.needs is not None:
+        return ResourceError(f"nothing fits; what misses least, {nearest.name}, {nearest.reason}",
+                             fix="use more --devices, a smaller --size or fewer --frames")
+    return ConfigError(f"no layout of {devices} devices is legal: {nearest.reason}", fix="leave a degree out")
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -134,14 +185,13 @@ def _job(args: argparse.Namespace) -> Job:
         raise ConfigError("--optimizer-cpu-offload with --optimizer adam8bit", fix="8-bit moments stay on the device")
     if args.base_dtype and not args.lora:
         raise ConfigError(f"--base-dtype {args.base_dtype} without --lora", fix="only a frozen base is held in 8 bits")
-    if args.infer and (args.pp or args.vp):
-        raise ConfigError("--pp and --vp plan training", where="--infer", fix="leave them out")
     return Job(
         model=PRESETS[args.task], latent=_latent(args), device=chosen, dims=ParallelDims(),
-        training=not args.infer, precision=args.precision, fp32_residual=args.fp32_residual,
-        micro_batch=_at_least_one(args.micro_batch_size, "--micro-batch-size"), lora_rank=args.lora,
-        base=args.base_dtype, ema=args.ema,
+        training=not args.infer, precision=args.precision,
+        fp32_residual=args.fp32_residual or args.infer,  # a generation always has it
+        micro_batch=args.micro_batch_size, lora_rank=args.lora, base=args.base_dtype, ema=args.ema,
         encoders=not args.features, steps=args.steps or sampling.num_steps,
+        experts_of_model=1 if sampling.boundary is None else 2,
         offload=args.recompute_offload,
         states="host" if args.optimizer_cpu_offload else "bytes" if args.optimizer == "adam8bit" else "device",
         kernels="npu" if chosen.name.startswith(("910", "A3")) else "cuda",
@@ -149,8 +199,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _device(args: argparse.Namespace) -> Device:
-    scale = {"memory": ("memory", GIB), "tflops": ("peak_flops", 1e12), "intra": ("intra", GB), "inter": ("inter", GB)}
-    given = {field: getattr(args, flag) * unit for flag, (field, unit) in scale.items()
+    given = {field: getattr(args, flag) * unit for flag, (field, unit) in HARDWARE.items()
              if getattr(args, flag) is not None}
     return device(args.device, per_node=args.devices_per_node, **given)
 
@@ -170,22 +219,14 @@ def _latent(args: argparse.Namespace) -> tuple[int, int, int]:
 
 def _search(args: argparse.Namespace) -> Search:
     return Search(
-        devices=_at_least_one(args.devices, "--devices"), tensor=args.tp, context=args.cp, ulysses=args.ulysses,
+        devices=args.devices, tensor=args.tp, context=args.cp, ulysses=args.ulysses,
         pipeline=args.pp, virtual=args.vp,
         sequence_parallel=False if args.no_sp else None, shard=args.shard, recomputed=args.recompute,
         global_batch=args.global_batch_size, cfg=args.cfg,
     )
 
 
-def _at_least_one(value: int, flag: str) -> int:
-    if value < 1:
-        raise ConfigError(f"{value} is below 1", where=flag)
-    return value
-
-
 def _scaling(args: argparse.Namespace, best: Layout) -> dict[str, list[dict[str, float]]]:
-    if not best.job.training:
-        raise ConfigError("scaling is planned for training", where="--scaling", fix="leave --infer out")
     weak = scaling(best.job, args.max_devices, "weak")
     # Strong scaling starts from a batch that the largest number of devices can still divide.
     whole = best.job.with_changes(accumulation=best.job.accumulation * max(1, args.max_devices // args.devices))

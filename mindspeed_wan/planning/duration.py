@@ -208,7 +208,11 @@ def _optimizer(job: Job) -> float:
 
 def _generation(job: Job) -> Duration:
     found, branches = collectives(job), job.guidance / job.cfg
-    parts = _sum_passes([(_forward(job, found), job.model.num_layers)], branches)
+    block = _forward(job, found)
+    parts = _sum_passes([(block, job.model.num_layers)], branches)
+    if job.experts == 0:
+        travel = job.sizes.block * job.element / HOST_LINK
+        parts["exposed streaming"] = branches * job.model.num_layers * _not_hidden(travel, block.compute)
     parts["exposed output"] = branches * sum(c.seconds(job.device) * c.calls for c in found if not c.per_block)
     parts["waiting for the slowest"] = _waiting(job, sum(parts.values()))
     once = job.micro_batch * (_vae_seconds(job) + _text_seconds(job)) if job.encoders else 0.0

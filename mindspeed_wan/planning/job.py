@@ -43,7 +43,8 @@ class Job:
         encoders: VAE and text encoder run in the job (not with cached features).
         guidance: forward passes per step of a generation (2 with classifier-free guidance).
         cfg: guidance branches that run on ranks of their own (1 or 2).
-        experts: experts in device memory of a generation.
+        experts: experts that a generation keeps on the device; 0: their blocks come from the host one by one.
+        experts_of_model: 2, or 1 for Wan2.1.
     """
 
     model: WanConfig
@@ -70,6 +71,7 @@ class Job:
     guidance: int = 2
     cfg: int = 1
     experts: int = 1
+    experts_of_model: int = 2
     steps: int = 40
 
     def with_changes(self, **changes: Any) -> Job:

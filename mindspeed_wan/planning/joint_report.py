@@ -61,9 +61,9 @@ def as_dict(plan: JointPlan) -> dict[str, Any]:
 def start(plan: JointPlan, task: str) -> list[str]:
     """Return how the chosen split is started."""
     layouts, (high, low) = plan.chosen.best, plan.chosen.sizes
-    lines = report.start(layouts[0], task, "both")
-    word = "even" if high == low else f"{high},{low} GBS={layouts[0].job.clips_per_step}"
-    lines[0] = lines[0].replace("start it: ", f"start it: EXPERT_RANKS={word} ", 1)
+    split = ["EXPERT_RANKS=even"] if high == low else \
+        [f"EXPERT_RANKS={high},{low}", f"GBS={layouts[0].job.clips_per_step}"]
+    lines = report.start(layouts[0], task, "both", split=split, devices=high + low)
     if high != low and layouts[0].name != layouts[1].name:
         lines.append(f"  with the low expert's own degrees as --low:FLAG ({layouts[1].name})")
     return lines

@@ -6,7 +6,7 @@ Legality is ``ParallelDims``'s own, so the planner and the trainer never disagre
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.parallel.dims import ParallelDims
@@ -46,10 +46,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layout that does not run, and why."""
+    """A layout that does not run, and why; ``needs`` bytes per device where memory is the reason."""
 
     name: str
     reason: str
+    needs: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +106,30 @@ def describe(job: Job) -> str:
             words.append(f"accumulate {job.accumulation}")
     else:
         words += [f"CFG{job.cfg}"] if job.cfg > 1 else []
-        words += ["FSDP2"] if job.fsdp2 else []
-        words.append("both experts" if job.experts == 2 else "one expert at a time")
+        words += [f"DP{dims.data // job.cfg}"] if dims.data > job.cfg else []
+        words += [f"FSDP2/{dims.shard_size}"] if job.fsdp2 else []
+        words.append("blocks streamed" if job.experts == 0 else "whole model" if job.experts_of_model == 1
+                     else "both experts" if job.experts == 2 else "one expert at a time")
     return " ".join(words)
 
 
 def search(job: Job, wanted: Search) -> Plan:
-    """Return every layout of ``wanted.devices`` for ``job`` (whose ``dims`` do not matter), best first."""
-    plan, seen = Plan(), set[tuple[str, str]]()
-    for name, outcome in _attempts(job, wanted):
+    """Return every layout of ``wanted.devices`` for ``job`` (whose ``dims`` do not matter), best first.
+
+    Refused layouts that miss the least memory come first, illegal ones last.
+    """
+    plan, refused = Plan(), dict[Refusal, None]()
+    for outcome in _attempts(job, wanted):
         if isinstance(outcome, Layout):
             plan.layouts.append(outcome)
-        elif (name, outcome) not in seen:
-            seen.add((name, outcome))
-            plan.refused.append(Refusal(name, outcome))
+        else:
+            refused[outcome] = None
     plan.layouts.sort(key=lambda layout: (layout.seconds_per_clip, layout.memory.total))
+    plan.refused = sorted(refused, key=lambda refusal: (refusal.needs is None, refusal.needs or 0))
     return plan
 
 
-def _attempts(job: Job, wanted: Search) -> Iterator[tuple[str, Layout | str]]:
+def _attempts(job: Job, wanted: Search) -> Iterator[Layout | Refusal]:
     for tensor in _choices(wanted.tensor, wanted.devices, MAX_TENSOR):
         for context in _choices(wanted.context, wanted.devices, MAX_CONTEXT):
             for ulysses in _choices(wanted.ulysses, context, context):
@@ -132,23 +138,25 @@ def _attempts(job: Job, wanted: Search) -> Iterator[tuple[str, Layout | str]]:
 
 
 def _degrees(job: Job, wanted: Search, ranks: tuple[int, int, int],
-             staged: tuple[int, int]) -> Iterator[tuple[str, Layout | str]]:
+             staged: tuple[int, int]) -> Iterator[Layout | Refusal]:
     (tensor, context, ulysses), (pipeline, virtual) = ranks, staged
     name = f"TP{tensor} CP{context} Ulysses {ulysses}" + (
         f" PP{pipeline} x {virtual} chunks" if virtual > 1 else f" PP{pipeline}" if pipeline > 1 else "")
     try:
-        if pipeline > 1 and wanted.shard != 0:
-            yield (f"PP{pipeline} with FSDP2" if wanted.shard is None else name), FSDP2_REASON
-            if wanted.shard is not None:
-                return
-        for shard in _shards(wanted, job, tensor, context) if pipeline == 1 else [0]:
+        if pipeline > 1 and wanted.shard:
+            yield Refusal(name, FSDP2_REASON)
+            return
+        for shard in _shards(wanted, job, tensor) if job.training and pipeline == 1 else [0]:
             dims = _dims(job, wanted, ranks, staged, shard)
             dims.validate(num_heads=job.model.num_heads, ffn_dim=job.model.ffn_dim)
             if pipeline > 1:
                 stages(job.with_changes(dims=dims))  # every chunk gets a block
-            yield from _variants(job, wanted, dims, fsdp2=shard != 0)
+            one = job.with_changes(dims=dims, fsdp2=shard != 0)
+            yield from _trainings(one, wanted) if job.training else _generations(one, wanted)
     except ConfigError as error:
-        yield name, error.message
+        yield Refusal(name, error.message)
+    if pipeline > 1 and wanted.shard is None:
+        yield Refusal(f"PP{pipeline} with FSDP2", FSDP2_REASON)
 
 
 def _pipelines(job: Job, wanted: Search, ranks: int) -> list[tuple[int, int]]:
@@ -170,53 +178,50 @@ def _choices(fixed: int | None, total: int, limit: int) -> list[int]:
     return [n for n in range(1, min(total, limit) + 1) if total % n == 0 and (n & (n - 1) == 0 or n % 5 == 0)]
 
 
-def _shards(wanted: Search, job: Job, tensor: int, context: int) -> list[int | None]:
+def _shards(wanted: Search, job: Job, tensor: int) -> list[int | None]:
     """Sharding sizes worth trying: all of data x context, one node's worth, none (0)."""
     if wanted.shard is not None:
         return [wanted.shard]
     ranks = wanted.devices // tensor
     node = max(1, job.device.per_node // tensor)
-    one_node = [node] if job.training and ranks > node and ranks % node == 0 else []
+    one_node = [node] if ranks > node and ranks % node == 0 else []
     return [None, *one_node, 0] if ranks > 1 else [0]
 
 
 def _dims(job: Job, wanted: Search, ranks: tuple[int, int, int], staged: tuple[int, int],
           shard: int | None) -> ParallelDims:
+    """A generation has no sequence parallelism: no activations are kept that it would divide."""
     tensor, context, ulysses = ranks
-    sequence = wanted.sequence_parallel if wanted.sequence_parallel is not None else tensor > 1
+    sequence = job.training and (wanted.sequence_parallel if wanted.sequence_parallel is not None else tensor > 1)
     return ParallelDims(world_size=wanted.devices, tensor=tensor, sequence_parallel=sequence, context=context,
                         ulysses=ulysses, pipeline=staged[0], virtual=staged[1],
                         shard=shard or (None if shard is None else 1))
 
 
-def _variants(job: Job, wanted: Search, dims: ParallelDims, *, fsdp2: bool) -> Iterator[tuple[str, Layout | str]]:
+def _trainings(job: Job, wanted: Search) -> Iterator[Layout | Refusal]:
     """Yield the layout, or why it is refused: batch, memory."""
-    one = job.with_changes(dims=dims, fsdp2=fsdp2)
-    if not job.training:
-        yield from _generations(one, wanted)
-        return
+    dims = job.dims
     if wanted.global_batch is not None:
         per_pass = job.micro_batch * dims.data
         if wanted.global_batch % per_pass:
-            yield describe(one), f"global batch {wanted.global_batch} is not a multiple of {job.micro_batch} clips" \
-                f" x {dims.data} data ranks"
+            yield Refusal(describe(job), f"global batch {wanted.global_batch} is not a multiple of {job.micro_batch}"
+                          f" clips x {dims.data} data ranks")
             return
-        one = one.with_changes(accumulation=wanted.global_batch // per_pass)
+        job = job.with_changes(accumulation=wanted.global_batch // per_pass)
     elif dims.pipeline > 1:
-        one = one.with_changes(accumulation=PER_STAGE * dims.pipeline)
-    check_micro_batches(one)
-    yield _fit_recompute(one, wanted.recomputed)
+        job = job.with_changes(accumulation=PER_STAGE * dims.pipeline)
+    check_micro_batches(job)
+    yield _fit_recompute(job, wanted.recomputed)
 
 
-def _fit_recompute(job: Job, fixed: int | None) -> tuple[str, Layout | str]:
+def _fit_recompute(job: Job, wanted: int | None) -> Layout | Refusal:
     """Recompute as few blocks as fit, with or without attention: the faster way."""
+    fixed = None if wanted is None else min(wanted, job.blocks)  # it counts the blocks of each stage
     found = [layout for keep in (False, True)
              if (layout := _fewest(job.with_changes(keep_attention=keep), fixed)) is not None]
     if not found:
-        most = job.with_changes(recomputed=job.blocks if fixed is None else fixed)
-        return describe(most), _too_large(plan_memory(most), job)
-    best = min(found, key=lambda layout: (layout.duration.step, layout.memory.total))
-    return best.name, best
+        return _too_large(job.with_changes(recomputed=job.blocks if fixed is None else fixed))
+    return min(found, key=lambda layout: (layout.duration.step, layout.memory.total))
 
 
 def _fewest(job: Job, fixed: int | None) -> Layout | None:
@@ -234,28 +239,41 @@ def _fewest(job: Job, fixed: int | None) -> Layout | None:
     return Layout(best, plan_memory(best), plan_duration(best))
 
 
-def _generations(job: Job, wanted: Search) -> Iterator[tuple[str, Layout | str]]:
+def _generations(job: Job, wanted: Search) -> Iterator[Layout | Refusal]:
+    """Guidance branches on ranks of their own or not; weights sharded over a video's ranks or not."""
     data = job.dims.data
     for cfg in [wanted.cfg] if wanted.cfg else [c for c in (1, 2) if data % c == 0]:
         if data % cfg or not 1 <= cfg <= job.guidance:
-            yield describe(job), f"{data} ranks besides tensor and context cannot share {cfg} guidance branches"
+            yield Refusal(describe(job), f"{data} ranks besides tensor and context cannot share {cfg} guidance"
+                          " branches")
             continue
-        for experts in (2, 1):
-            one = job.with_changes(cfg=cfg, experts=experts)
-            memory = plan_memory(one)
-            if _fits(memory, job):
-                yield describe(one), Layout(one, memory, plan_duration(one))
-                break
-            if experts == 1:
-                yield describe(one), _too_large(memory, job)
+        ranks = cfg * job.dims.context
+        for shard in ([ranks, 0] if ranks > 1 else [0]) if wanted.shard is None else [wanted.shard]:
+            one = job.with_changes(dims=replace(job.dims, shard=shard or 1), fsdp2=shard > 0, cfg=cfg)
+            if shard in (0, ranks):
+                yield _most_on_device(one)
+            else:
+                yield Refusal(describe(one), f"a generation shards over the {ranks} ranks (CFG x context) of a video")
+
+
+def _most_on_device(job: Job) -> Layout | Refusal:
+    """Keep all experts on the device, else one, else two blocks: as the ``--memory auto`` of a generation does."""
+    for experts in range(job.experts_of_model, -1 if not job.fsdp2 else 0, -1):
+        job = job.with_changes(experts=experts)
+        memory = plan_memory(job)
+        if _fits(memory, job):
+            return Layout(job, memory, plan_duration(job))
+    return _too_large(job)
 
 
 def _fits(memory: MemoryPlan, job: Job) -> bool:
     return memory.total <= USABLE * job.device.memory
 
 
-def _too_large(memory: MemoryPlan, job: Job) -> str:
+def _too_large(job: Job) -> Refusal:
+    memory = plan_memory(job)
     peak = memory.peak
     name, size = max(peak.parts.items(), key=lambda part: part[1])
-    return (f"needs {memory.total / GIB:.1f} GiB, the {job.device.name} has {USABLE * job.device.memory / GIB:.1f} to"
-            f" fill ({peak.name}; largest part: {name}, {size / GIB:.1f} GiB)")
+    reason = (f"needs {memory.total / GIB:.1f} GiB, the {job.device.name} has {USABLE * job.device.memory / GIB:.1f} to"
+              f" fill ({peak.name}; largest part: {name}, {size / GIB:.1f} GiB)")
+    return Refusal(describe(job), reason, memory.total)

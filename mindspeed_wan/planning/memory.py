@@ -104,9 +104,10 @@ def _on_device(job: Job, moments: list[Moment], host: float) -> MemoryPlan:
 
 
 def host_memory(job: Job) -> float:
-    """Bytes of page-locked host memory per device: offloaded block inputs and moments."""
+    """Bytes of page-locked host memory per device: offloaded block inputs and moments, a generation's experts."""
     if not job.training:
-        return 0.0
+        away = 0 if job.experts == job.experts_of_model else job.experts_of_model
+        return float(away * job.sizes.shard * job.element)
     inputs = job.recomputed * block_input(job) if job.offload else 0.0
     return inputs + (8.0 * job.trained.shard if job.states == "host" else 0.0)
 
@@ -276,8 +277,11 @@ def _generation_moments(job: Job) -> list[Moment]:
     sizes, e, model, n = job.sizes, job.element, job.model, job.local_tokens
     tensor = job.dims.tensor
     branches = job.guidance // job.cfg
-    weights = {"weights": float(job.experts * sizes.shard * e)}
-    context = job.experts * branches * model.num_layers * model.text_len * job.micro_batch * model.dim * 2 * e / tensor
+    on_device = job.experts * sizes.shard if job.experts else \
+        job.experts_of_model * (sizes.outside + sizes.head) + 2 * sizes.block
+    weights = {"weights": float(on_device * e)}
+    contexts = max(job.experts, 1) * branches
+    context = contexts * model.num_layers * model.text_len * job.micro_batch * model.dim * 2 * e / tensor
     inside = 3 * model.dim * e + 2 * 4 * model.dim  # q, k, v of the attention and the rotation's fp32 copies
     widest = max(inside / tensor, (2 * model.ffn_dim / tensor + model.dim) * e)
     per_token = widest + (model.dim * (2 * job.residual + e + 4)) / job.sequence_parts

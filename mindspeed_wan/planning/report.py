@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindspeed_wan.errors import ResourceError
+from mindspeed_wan.lora.spec import DEFAULT_TARGETS
 from mindspeed_wan.planning.devices import GIB
+from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.layouts import Layout, Plan
 from mindspeed_wan.planning.memory import plan_stage
 from mindspeed_wan.planning.scaling import ScalingRow
@@ -16,6 +19,8 @@ from mindspeed_wan.planning.traffic import bytes_between_stages, collectives
 
 SHOWN = 6
 """Layouts and refusals listed unless all are asked for."""
+EXAMPLE_CLIP = (21, 60, 104)
+"""Latent size of 81 frames of 480x832, which the examples' data files ask for."""
 
 
 def text(plan: Plan, *, everything: bool = False) -> str:
@@ -109,7 +114,8 @@ def as_dict(plan: Plan, *, everything: bool = True) -> dict[str, Any]:
     """Return a plan as JSON-ready values: bytes and seconds."""
     limit = None if everything else SHOWN
     return {"layouts": [layout_dict(layout) for layout in plan.layouts[:limit]],
-            "refused": [vars(refusal) for refusal in plan.refused[:limit]]}
+            "refused": [{"name": refusal.name, "reason": refusal.reason, "needs_bytes": refusal.needs}
+                        for refusal in plan.refused[:limit]]}
 
 
 def layout_dict(layout: Layout) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
         "shard": dims.shard_size if job.fsdp2 else None,
         "recomputed_blocks": job.recomputed, "keep_attention": job.keep_attention,
         "offload": job.offload, "states": job.states, "host_bytes": memory.host,
-        "accumulation": job.accumulation, "cfg": job.cfg,
+        "accumulation": job.accumulation, "cfg": job.cfg, "experts_on_device": None if job.training else job.experts,
         "memory_bytes": memory.total, "memory_peak": memory.peak.name,
         "memory_moments": {moment.name: moment.parts for moment in memory.moments},
         "seconds": time.parts, "step_seconds": time.step, "total_seconds": time.total,
@@ -137,20 +143,58 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
     }
 
 
-def start(layout: Layout, task: str, expert: str = "high") -> list[str]:
-    """Return how this layout is started with the launch scripts: the line, and what the FSDP2 file must say."""
+def start(layout: Layout, task: str, expert: str = "high", *, split: Sequence[str] = (),
+          devices: int | None = None) -> list[str]:
+    """Return how this layout is started with the launch scripts: the line, and what its files must say.
+
+    Args:
+        layout: the layout of one expert.
+        task: a model preset.
+        expert: ``high``, ``low`` or ``both``.
+        split: variables that divide the ranks between both experts.
+        devices: ranks of the job where they are more than the layout's.
+    """
     job, dims = layout.job, layout.job.dims
-    words = [f"TP={dims.tensor}", f"CP={dims.context}"] + (["SP=1"] if dims.sequence_parallel else [])
+    where, ranks = _nodes(job, devices or dims.world_size)
+    words = [*ranks, *split, f"TP={dims.tensor}", f"CP={dims.context}"] + (["SP=1"] if dims.sequence_parallel else [])
     words += [f"PP={dims.pipeline}"] if dims.pipeline > 1 else []
     words += [f"VP={dims.virtual}"] if dims.virtual > 1 else []
     if dims.ring > 1:
         words.append("CP_ALGO=megatron_cp_algo" if dims.ulysses_size == 1
                      else f"CP_ALGO=hybrid_cp_algo ULYSSES_DEGREE={dims.ulysses_size}")
     words += [f"MBS={job.micro_batch}", f"GRAD_ACC_STEP={job.accumulation}"]
+    words += ["PRECISION=fp32"] if job.precision == "fp32" else []
     if not job.fsdp2:
         words.append("FSDP_CONFIG=")
-    words += [f"LORA_R={job.lora_rank}"] if job.lora_rank else []
-    words.append(f"bash examples/wan2.2/A14B/{task}/{'finetune_lora' if job.lora_rank else 'pretrain'}_{expert}.sh")
+    words += [*_script(job, task, expert), *_flags(job)]
+    return [f"start it{where}: {' '.join(words)}", *_file_lines(job)]
+
+
+def _nodes(job: Job, devices: int) -> tuple[str, list[str]]:
+    """Return where a job is started, and the variables that say how many ranks are there."""
+    node = job.device.per_node
+    if devices <= node:
+        return "", [f"NPROC_PER_NODE={devices}"]
+    if devices % node:
+        return f" on nodes with {devices} ranks together", []
+    return f" on each of {devices // node} nodes", [f"NPROC_PER_NODE={node}", f"NNODES={devices // node}"]
+
+
+def _script(job: Job, task: str, expert: str) -> list[str]:
+    """Return the launch script of a task, with what it needs to train adapters of the planned rank."""
+    name, model = task.split("-")
+    folder = "i2v" if name == "inp" else name
+    if model == "14B":  # one expert, and one script for full training and for adapters
+        adapters = [f"--lora-r {job.lora_rank} --lora-alpha {job.lora_rank}",
+                    f"--lora-target-modules {','.join(DEFAULT_TARGETS)}"] if job.lora_rank else []
+        return [f"bash examples/wan2.1/14B/{folder}/pretrain.sh", *adapters]
+    kind = "finetune_lora" if job.lora_rank else "pretrain"
+    rank = [f"LORA_R={job.lora_rank}"] if job.lora_rank else []
+    return [*rank, f"bash examples/wan2.2/A14B/{folder}/{kind}_{expert}.sh"]
+
+
+def _flags(job: Job) -> list[str]:
+    words = []
     if job.recomputed and (job.recomputed < job.blocks or job.keep_attention or not job.fsdp2):
         words.append(f"--recompute-granularity full --recompute-method block --recompute-num-layers {job.recomputed}")
     if job.keep_attention:
@@ -159,10 +203,19 @@ def start(layout: Layout, task: str, expert: str = "high") -> list[str]:
         words.append("--recompute-offload")
     words += [f"--base-dtype {job.base}"] if job.base else []
     words += {"device": [], "host": ["--optimizer-cpu-offload"], "bytes": ["--optimizer adam8bit"]}[job.states]
-    lines = [f"start it: {' '.join(words)}"]
+    return words + (["--ema-decay 0.999"] if job.ema else [])
+
+
+def _file_lines(job: Job) -> list[str]:
+    """Return what the FSDP2 file, the model file and the data file must say."""
+    lines = ["  with fp32_calculate: true in the model file (MM_MODEL)"] if job.fp32_residual else []
     if job.fsdp2:
         lines += ["  with recompute_modules: [] in the FSDP2 file (FSDP_CONFIG)"] if not job.recomputed else []
-        lines += [f"  with sharding_size: {dims.shard_size} in the FSDP2 file"] if dims.replicas > 1 else []
+        lines += [f"  with sharding_size: {job.dims.shard_size} in the FSDP2 file"] if job.dims.replicas > 1 else []
+    if job.latent != EXAMPLE_CLIP:
+        frames, height, width = job.latent
+        lines.append(f"  with num_frames {4 * frames - 3}, max_height {8 * height} and max_width {8 * width} in the"
+                     " data file (MM_DATA)")
     return lines
 
 
@@ -187,6 +240,11 @@ def plot_scaling(weak: Sequence[ScalingRow], strong: Sequence[ScalingRow], path:
     left.legend()
     figure.suptitle(title)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ResourceError(f"the plot cannot be written: {error}", where=str(path)) from None
+    finally:
+        pyplot.close(figure)
