@@ -7,15 +7,17 @@
 # decide by the code whether another attempt is worth it.
 set -uo pipefail
 
+# The traps are there before the script is, so that no signal ends this shell alone; $! is the script.
+trap 'kill -TERM "${!-}" 2>/dev/null' TERM INT
+trap 'kill -USR1 "${!-}" 2>/dev/null' USR1
 bash "$@" &
 CHILD=$!
-trap 'kill -TERM "$CHILD" 2>/dev/null' TERM INT
-trap 'kill -USR1 "$CHILD" 2>/dev/null' USR1
 while :; do
     wait "$CHILD"
-    CODE=$?
     kill -0 "$CHILD" 2>/dev/null || break # a signal ended the wait, not the script
 done
+wait "$CHILD" # its code, also where it ended while a signal was handled
+CODE=$?
 if [[ -n ${RETRY_EXIT_CODE:-} && ($CODE == 75 || $CODE == 6) ]]; then
     echo "exit code $CODE: asking for another start with $RETRY_EXIT_CODE" >&2
     CODE=$RETRY_EXIT_CODE

@@ -14,7 +14,7 @@ from typing import Any
 
 from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_REQUEUE, ConfigError
 from mindspeed_wan.planning.cluster.environment import node_environment
-from mindspeed_wan.planning.cluster.spec import ClusterSpec
+from mindspeed_wan.planning.cluster.spec import ClusterSpec, Mount
 
 RETRY_CODE = 138
 """128 + SIGUSR1: Kubeflow's "user-defined, retryable"."""
@@ -108,8 +108,8 @@ def _pod(spec: ClusterSpec, container_name: str, more: dict[str, str]) -> dict[s
             "image": spec.container.image,
             "imagePullPolicy": spec.container.pull_policy,
             "workingDir": spec.workdir,
-            "command": ["bash", ENTRY, spec.script, *spec.arguments],
-            "env": [{"name": name, "value": value} for name, value in variables.items()],
+            "command": [_literal(word) for word in ("bash", ENTRY, spec.script, *spec.arguments)],
+            "env": [{"name": name, "value": _literal(value)} for name, value in variables.items()],
             "resources": {"limits": resources, "requests": dict(resources)},
             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"add": ["IPC_LOCK"]}},
             "volumeMounts": mounts,
@@ -123,6 +123,11 @@ def _pod(spec: ClusterSpec, container_name: str, more: dict[str, str]) -> dict[s
     if spec.kubernetes.priority_class:
         pod["priorityClassName"] = spec.kubernetes.priority_class
     return pod
+
+
+def _literal(text: str) -> str:
+    """Kubernetes puts variables in the place of ``$(NAME)`` in commands and values; ``$$(`` is a plain ``$(``."""
+    return text.replace("$(", "$$(")
 
 
 def _resources(spec: ClusterSpec) -> dict[str, Any]:
@@ -146,14 +151,21 @@ def _volumes(spec: ClusterSpec) -> tuple[list[dict[str, Any]], list[dict[str, An
     for i, mount in enumerate(spec.mounts):
         name = f"mount-{i}"
         mounts.append({"name": name, "mountPath": mount.target, "readOnly": mount.read_only})
-        source = {"hostPath": {"path": mount.source}} if mount.source else \
-            {"persistentVolumeClaim": {"claimName": mount.claim}}
-        volumes.append({"name": name, **source})
+        volumes.append({"name": name, **_volume_source(mount)})
     if spec.device == "npu" and spec.kubernetes.driver_mounts:
         for i, path in enumerate(_DRIVER):
             mounts.append({"name": f"driver-{i}", "mountPath": path, "readOnly": True})
             volumes.append({"name": f"driver-{i}", "hostPath": {"path": path}})
     return mounts, volumes
+
+
+def _volume_source(mount: Mount) -> dict[str, Any]:
+    if mount.claim is not None:
+        return {"persistentVolumeClaim": {"claimName": mount.claim}}
+    if mount.source is not None:
+        return {"hostPath": {"path": mount.source}}
+    server, _, path = (mount.nfs or "").partition(":")
+    return {"nfs": {"server": server, "path": path}}
 
 
 def _ascend_variables(spec: ClusterSpec) -> list[dict[str, Any]]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import shlex
 
-from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_REQUEUE
+from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_REQUEUE, ConfigError
 from mindspeed_wan.planning.cluster.environment import node_environment
-from mindspeed_wan.planning.cluster.spec import ClusterSpec
+from mindspeed_wan.planning.cluster.spec import ClusterSpec, Mount
 
 _GRES = {"npu": "npu", "cuda": "gpu"}
 
 
 def sbatch(spec: ClusterSpec) -> str:
-    """Return the script."""
+    """Return the script.
+
+    Raises:
+        ConfigError: a mount that is no folder of the node.
+    """
+    for i, mount in enumerate(spec.mounts):
+        if mount.source is None and spec.container is not None:
+            raise ConfigError("Slurm mounts folders of the node", where=f"mounts[{i}]", fix="give source")
     return "\n".join([
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(spec)),
@@ -26,15 +33,16 @@ def sbatch(spec: ClusterSpec) -> str:
         "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
         "",
         "# One launcher per node. Slurm's warning reaches every rank, which saves and stops.",
+        "trap 'kill -USR1 \"${!-}\"' USR1",
+        "trap 'kill -TERM \"${!-}\"' TERM",
         f"{_srun(spec)} &",
         "STEP=$!",
-        "trap 'kill -USR1 \"$STEP\"' USR1",
-        "trap 'kill -TERM \"$STEP\"' TERM",
         "while :; do",
         '    wait "$STEP"',
-        "    CODE=$?",
         '    kill -0 "$STEP" 2>/dev/null || break # a signal ended the wait, not the step',
         "done",
+        'wait "$STEP" # its code, also where it ended while a signal was handled',
+        "CODE=$?",
         "",
         f"if [[ $CODE == {EXIT_REQUEUE} || $CODE == {EXIT_DISTRIBUTED} ]] &&",
         f"    ((${{SLURM_RESTART_COUNT:-0}} < {spec.requeue.limit})); then",
@@ -53,7 +61,7 @@ def _options(spec: ClusterSpec) -> list[str]:
         f"--nodes={spec.nodes}",
         "--ntasks-per-node=1",
         "--exclusive",
-        f"--output={spec.host_path(spec.logs)}/%x-%j.log",
+        f"--output={shlex.quote(spec.host_path(spec.logs))}/%x-%j.log",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{spec.requeue.grace_seconds + 60}",
@@ -77,11 +85,14 @@ def _srun(spec: ClusterSpec) -> str:
     command = ["bash", f"{spec.workdir}/{spec.script}", *spec.arguments]
     if spec.container is not None and spec.slurm.containers == "pyxis":
         words += ["--container-image", spec.container.image, "--container-workdir", spec.workdir]
-        mounts = ",".join(f"{m.source}:{m.target}{':ro' if m.read_only else ''}" for m in spec.mounts if m.source)
+        mounts = ",".join(map(_binding, spec.mounts))
         words += ["--container-mounts", mounts] if mounts else []
     elif spec.container is not None:
-        binds = [word for m in spec.mounts if m.source
-                 for word in ("--bind", f"{m.source}:{m.target}{':ro' if m.read_only else ''}")]
+        binds = [word for mount in spec.mounts for word in ("--bind", _binding(mount))]
         gpus = ["--nv"] if spec.device == "cuda" else []
         command = ["apptainer", "exec", *gpus, *binds, "--pwd", spec.workdir, spec.container.image, *command]
     return shlex.join([*words, *command])
+
+
+def _binding(mount: Mount) -> str:
+    return f"{mount.source}:{mount.target}{':ro' if mount.read_only else ''}"

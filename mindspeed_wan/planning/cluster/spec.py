@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,10 +19,18 @@ from mindspeed_wan.config.validate import validate
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.parallel.pipeline import PipelinePlan
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+
+Word = Annotated[str, Field(pattern=r"^\S+$")]
+"""A name without spaces."""
+KubernetesName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+"""Lower-case letters, digits, dashes and dots."""
+MountPath = Annotated[str, Field(pattern=r"^/[^:,\n]*$")]
+"""An absolute path without a colon or a comma, which separate mounts from each other."""
 
 
 class Layout(Section):
@@ -53,12 +61,14 @@ class Layout(Section):
 class Mount(Section):
     """One folder of the cluster inside the job."""
 
-    target: str = Field(pattern=r"^/")
+    target: MountPath
     """Where the job sees it."""
-    source: str | None = Field(default=None, pattern=r"^/")
-    """Folder of the node (shared file system)."""
-    claim: str | None = None
+    source: MountPath | None = None
+    """Folder of the node (shared file system): Slurm and Kubernetes."""
+    claim: KubernetesName | None = None
     """Or: a PersistentVolumeClaim (Kubernetes)."""
+    nfs: str | None = Field(default=None, pattern=r"^[^/\s]+:/\S*$")
+    """SERVER:/PATH of the shared file system: ModelArts."""
     read_only: bool = False
     """Do not let the job write."""
 
@@ -66,7 +76,7 @@ class Mount(Section):
 class Container(Section):
     """The image of the job; without one, Slurm runs on the node itself."""
 
-    image: str
+    image: Word
     """Image and tag."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When Kubernetes pulls it."""
@@ -79,9 +89,9 @@ class Container(Section):
 class Network(Section):
     """Which adapters collectives use."""
 
-    interface: str | None = None
+    interface: Word | None = None
     """Name of the adapter for start-up and gloo (HCCL_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."""
-    infiniband: str | None = None
+    infiniband: Word | None = None
     """NCCL_IB_HCA, such as mlx5."""
 
 
@@ -97,13 +107,13 @@ class Requeue(Section):
 class Slurm(Section):
     """What only Slurm reads."""
 
-    partition: str | None = None
+    partition: Word | None = None
     """--partition."""
-    account: str | None = None
+    account: Word | None = None
     """--account."""
-    qos: str | None = None
+    qos: Word | None = None
     """--qos."""
-    gres: str | None = None
+    gres: Word | None = None
     """--gres per node; null: npu:N or gpu:N."""
     containers: Literal["pyxis", "apptainer"] = "pyxis"
     """How a container starts."""
@@ -112,15 +122,15 @@ class Slurm(Section):
 class Kubernetes(Section):
     """What Kubeflow, Volcano and MindCluster read."""
 
-    namespace: str = "default"
+    namespace: KubernetesName = "default"
     """Namespace."""
-    queue: str | None = None
+    queue: KubernetesName | None = None
     """Volcano queue."""
-    resource: str | None = None
+    resource: Word | None = None
     """Device resource; null: huawei.com/Ascend910 or nvidia.com/gpu."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes to use."""
-    priority_class: str | None = None
+    priority_class: KubernetesName | None = None
     """PriorityClass."""
     user: int = Field(default=1000, ge=1)
     """User id inside the container; not root."""
@@ -131,9 +141,9 @@ class Kubernetes(Section):
 class ModelArts(Section):
     """What ModelArts reads."""
 
-    flavor: str
+    flavor: Word
     """Flavor id of a node."""
-    pool: str | None = None
+    pool: Word | None = None
     """Dedicated resource pool."""
     workspace: str = "0"
     """Workspace id."""
@@ -223,9 +233,17 @@ class ClusterSpec(Section):
                               fix=f"for example {self.ranks // 2},{self.ranks - self.ranks // 2}")
         if self.layout.pipeline > 1 and self.layout.fsdp2:
             raise ConfigError("pipeline stages and FSDP2 exclude each other", fix="write fsdp2: false")
-        model = WanConfig()  # every A14B and 14B expert has these heads and channels
+        model = WanConfig()  # every A14B and 14B expert has these heads, channels and blocks
         for world in self.expert_worlds:
             self._dims(world).validate(num_heads=model.num_heads, ffn_dim=model.ffn_dim)
+        stages, accumulation = self.layout.pipeline, self.layout.accumulation
+        PipelinePlan.even(model.num_layers, stages, self.layout.virtual)
+        if self.layout.virtual > 1 and accumulation % stages:
+            raise ConfigError(f"accumulation {accumulation} is not a multiple of {stages} pipeline stages, which"
+                              " virtual chunks need", fix=f"use {-(-accumulation // stages) * stages}")
+        if self.layout.expert_ranks is not None and "_both" not in Path(self.script).name:
+            raise ConfigError(f"expert_ranks {self.layout.expert_ranks}, but {self.script} trains one expert",
+                              fix="use a script such as examples/wan2.2/A14B/t2v/pretrain_both.sh")
 
     def host_path(self, path: str) -> str:
         """Return where the node has a path of the job, for what runs outside the container."""
@@ -265,9 +283,16 @@ def _rules(spec: ClusterSpec, document: Document) -> list[ConfigError]:
     for name in spec.env:
         if not _VARIABLE.fullmatch(name):
             found.append(ConfigError(f"'{name}' is not a variable name", where=document.where(("env", name))))
+    targets = [mount.target.rstrip("/") for mount in spec.mounts]
     for i, mount in enumerate(spec.mounts):
-        if (mount.source is None) == (mount.claim is None):
-            found.append(ConfigError("give either source or claim", where=document.where(("mounts", i))))
+        where = document.where(("mounts", i))
+        if mount.source is not None and mount.claim is not None:
+            found.append(ConfigError("give either source or claim", where=where))
+        if mount.source is None and mount.claim is None and mount.nfs is None:
+            found.append(ConfigError(f"{mount.target}: nothing is mounted there", where=where,
+                                     fix="give source, claim or nfs"))
+        if targets.index(targets[i]) < i:
+            found.append(ConfigError(f"{mount.target} is mounted twice", where=where))
     try:
         spec.check_layout()
     except ConfigError as error:

@@ -14,7 +14,7 @@ from mindspeed_wan.cli.main import dispatch
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.planning.cluster.environment import node_environment
 from mindspeed_wan.planning.cluster.render import TARGETS, render
-from mindspeed_wan.planning.cluster.spec import ClusterSpec, read_spec
+from mindspeed_wan.planning.cluster.spec import ClusterSpec, Mount, read_spec
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "examples" / "wan2.2" / "cluster" / "cluster.yaml"
@@ -48,7 +48,8 @@ SHAPES: dict[str, Any] = {
     "modelarts": {"kind": TEXT, "metadata": {"name": TEXT, "workspace_id": TEXT, "annotations": dict},
                   "algorithm": {"engine": {"image_url": TEXT}, "command": TEXT, "environments": dict},
                   "spec": {"resource": {"flavor_id": TEXT, "node_count": NUMBER},
-                           "log_export_path": {"obs_url": TEXT}}},
+                           "log_export_path": {"obs_url": TEXT},
+                           "volumes": [{"nfs": {"nfs_server_path": TEXT, "local_path": TEXT, "read_only": SWITCH}}]}},
 }
 """Required keys and their types, read off each API's reference; a list's one item describes all of its items."""
 
@@ -192,6 +193,38 @@ def test_a_wrong_flag_is_not_requeued(spec: ClusterSpec, tmp_path: Path, slurm_c
     assert not Path(slurm_commands["CALLS"]).exists()
 
 
+def test_words_reach_the_job_as_they_are(spec: ClusterSpec, tmp_path: Path, slurm_commands: dict[str, str]) -> None:
+    """Spaces, quotes and dollar signs in mounts, variables and arguments; Kubernetes' own ``$(NAME)`` is escaped."""
+    odd = "a b'c\"d$HOME`id`$(hostname)"
+    changed = spec.model_copy(update={
+        "arguments": [odd], "env": {"LOAD_PATH": odd}, "logs": "/data/my logs",
+        "mounts": [Mount(source="/shared/my wan", target="/data", read_only=True)]})
+    script = render(changed, "slurm", tmp_path)
+    assert "#SBATCH --output='/shared/my wan/my logs'/%x-%j.log" in script.read_text(encoding="utf-8")
+    folder = Path(slurm_commands["PATH"].split(":")[0])
+    (folder / "srun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$LOAD_PATH" "$@" > "$CALLS"\n')
+    assert subprocess.run(["bash", str(script)], env=slurm_commands, check=False, timeout=30).returncode == 0
+    first, *words = Path(slurm_commands["CALLS"]).read_text().splitlines()
+    assert first == words[-1] == odd and "/shared/my wan:/data:ro" in words
+    container = rendered(changed, "volcano", tmp_path)["spec"]["tasks"][0]["template"]["spec"]["containers"][0]
+    assert container["command"][-1] == odd.replace("$(", "$$(")
+    assert {"name": "LOAD_PATH", "value": odd.replace("$(", "$$(")} in container["env"]
+
+
+def test_the_code_is_the_jobs_own_where_it_ends_during_a_signal(tmp_path: Path) -> None:
+    """The job saves and ends while entry.sh still passes the signal on."""
+    script = tmp_path / "job.sh"
+    script.write_text("trap 'exit 75' USR1\ntouch \"$0.started\"\nwhile :; do sleep 0.05; done\n")
+    slow = tmp_path / "slow.sh"  # a trap that takes longer than the job's save
+    entry = ROOT / "examples" / "wan2.2" / "cluster" / "entry.sh"
+    slow.write_text(entry.read_text().replace('kill -USR1 "${!-}" 2>/dev/null', 'kill -USR1 "${!-}"; sleep 1'))
+    job = subprocess.Popen(["bash", str(slow), str(script)])
+    while not Path(f"{script}.started").exists():
+        subprocess.run(["sleep", "0.05"], check=True)
+    job.send_signal(10)
+    assert job.wait(30) == 75
+
+
 def test_rings_and_plain_data_parallel_reach_the_script(spec: ClusterSpec) -> None:
     layout = spec.layout.model_copy(update={"context": 8, "ulysses": 2, "fsdp2": False})
     variables = node_environment(spec.model_copy(update={"layout": layout}))
@@ -205,7 +238,8 @@ def test_pipeline_stages_and_both_experts_reach_the_script(spec: ClusterSpec) ->
     staged = spec.layout.model_copy(update={"pipeline": 2, "virtual": 5, "fsdp2": False})
     variables = node_environment(spec.model_copy(update={"layout": staged}))
     assert (variables["PP"], variables["VP"], variables["FSDP_CONFIG"]) == ("2", "5", "")
-    both = spec.model_copy(update={"layout": spec.layout.model_copy(update={"expert_ranks": "24,8"})})
+    both = spec.model_copy(update={"layout": spec.layout.model_copy(update={"expert_ranks": "24,8"}),
+                                   "script": "examples/wan2.2/A14B/t2v/pretrain_both.sh"})
     both.check_layout()
     assert node_environment(both)["EXPERT_RANKS"] == "24,8" and both.dims.world_size == 24
     assert not {"PP", "VP", "EXPERT_RANKS"} & set(node_environment(spec))
@@ -216,6 +250,9 @@ def test_pipeline_stages_and_both_experts_reach_the_script(spec: ClusterSpec) ->
     ({"expert_ranks": "24,16"}, "32 ranks"),
     ({"expert_ranks": "30,2"}, "do not factor"),
     ({"virtual": 2, "fsdp2": False}, "without pipeline stages"),
+    ({"pipeline": 2, "virtual": 2, "fsdp2": False}, "accumulation 1 is not a multiple of 2 pipeline stages"),
+    ({"pipeline": 8, "virtual": 6, "context": 1, "fsdp2": False}, "40 blocks cannot be split"),
+    ({"expert_ranks": "even"}, "trains one expert"),
 ])
 def test_layouts_of_stages_and_experts_are_checked(changes: dict[str, Any], message: str, spec: ClusterSpec) -> None:
     wrong = spec.model_copy(update={"layout": spec.layout.model_copy(update=changes)})
@@ -236,7 +273,12 @@ def test_the_descriptions_environment_wins(spec: ClusterSpec) -> None:
     ('"24:00:00"|"a day"', 12, "DAYS"),
     ("context: 4|context: 16", 14, "does not divide 40 attention heads"),
     ("context: 4|context: 5", 14, "do not factor"),
-    ("source: /shared/wan, |", 28, "either source or claim"),
+    ("source: /shared/wan, |claim: wan, source: /shared/wan, ", 28, "either source or claim"),
+    ('source: /shared/wan, target: /data, nfs: "192.168.0.10:/wan"|target: /data', 28, "nothing is mounted there"),
+    ("source: /shared/wan|source: '/shared/wan:x'", 28, "mounts"),
+    ("target: /data, |target: '/da,ta', ", 28, "mounts"),
+    ("namespace: wan|namespace: 'Wan Space'", 38, "namespace"),
+    ("partition: npu|partition: 'a b'", 36, "partition"),
     ("target: /data|target: data", 28, "mounts"),
     ("LOAD_PATH:|LOAD-PATH:", 20, "not a variable name"),
 ])
@@ -267,6 +309,10 @@ def test_targets_say_what_they_miss(spec: ClusterSpec, tmp_path: Path) -> None:
             render(bare, target, tmp_path)
     with pytest.raises(ConfigError, match="flavor"):
         render(spec.model_copy(update={"modelarts": None}), "modelarts", tmp_path)
+    for target, mount, message in (("slurm", {"claim": "data"}, "folders of the node"),
+                                   ("modelarts", {"source": "/shared"}, "network file systems")):
+        with pytest.raises(ConfigError, match=message):
+            render(spec.model_copy(update={"mounts": [Mount(target="/data", **mount)]}), target, tmp_path)
     with pytest.raises(ConfigError, match="runs on npu"):
         render(spec.model_copy(update={"device": "cuda"}), "ascendjob", tmp_path)
     assert list(tmp_path.iterdir()) == []
