@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_wan import __version__
 from mindspeed_wan.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMAT_NAMES = ("diffusers", "peft", "kohya", "kohya2", "comfy", "lightx2v", "diffsynth", "mm")
 """The keys of ``lora.formats.FORMATS``, here so that ``--help`` needs no torch."""
+LINE = 200
+"""Longest value that ``inspect`` prints; diffusers' metadata is a screenful of JSON."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -105,7 +108,7 @@ def _inspect(args: argparse.Namespace) -> int:
         "format": lora.format, "modules": len(lora.adapters), "ranks": lora.ranks, "alphas": alphas,
         "alpha_source": lora.alpha_source, "differences": len(lora.diffs), "values": lora.num_values,
         "expert": guess_expert(str(args.path)), "unmatched": list(lora.unmatched), "metadata": dict(lora.metadata),
-        "kinds": _kinds(lora),
+        "kinds": lora.kinds,
     }
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -116,16 +119,9 @@ def _inspect(args: argparse.Namespace) -> int:
             for kind, count in value.items():
                 print(f"  {kind:<32} {count}")
         else:
-            print(f"{name:<14} {value}")
+            text = str(value)
+            print(f"{name:<14} {text if len(text) <= LINE else text[:LINE] + ' ... (whole: --json)'}")
     return 0
-
-
-def _kinds(lora: LoraFile) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for mm in (*lora.adapters, *lora.diffs):
-        kind = f"blocks.*.{mm.split('.', 2)[2]}" if mm.startswith("blocks.") else mm
-        counts[kind] = counts.get(kind, 0) + 1
-    return counts
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -200,6 +196,8 @@ def _energy(energy: dict[str, float]) -> str:
 def _verify(args: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
+    import torch
+
     from mindspeed_wan.checkpoint.sources import find, open_weights
     from mindspeed_wan.lora.verify import Expectation, verify
     from mindspeed_wan.platforms import get_platform
@@ -211,6 +209,7 @@ def _verify(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         base = stack.enter_context(open_weights(find(args.base), config)) if args.base else None
         report = verify(args.path, config, platform.device(), expect=expect, weight=args.weight, base=base)
+    report.environment = {"device": platform.device_name(), "torch": torch.__version__, "mindspeed_wan": __version__}
     report.write(args.report)
     for check in report.checks:
         print(f"{check.status:<8} {check.name:<10} {check.detail} ({check.seconds:.1f} s)")

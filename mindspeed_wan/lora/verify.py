@@ -25,7 +25,7 @@ from mindspeed_wan.errors import CheckpointError, WanError
 from mindspeed_wan.lora.block_parity import block_parity
 from mindspeed_wan.lora.formats import LoraFile, read_lora
 from mindspeed_wan.lora.formats.reader import find_file
-from mindspeed_wan.lora.merge import MergeLoss, change_of_rows, row_chunks
+from mindspeed_wan.lora.merge import MergeLoss, change_of_rows, row_chunks, touched_parameters
 from mindspeed_wan.lora.spec import guess_expert, linear_modules
 from mindspeed_wan.models.wan.config import WanConfig
 
@@ -58,11 +58,14 @@ class Report:
 
     path: str
     device: str
+    environment: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     file: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    round_trip: dict[str, Any] = field(default_factory=dict)
     merge: dict[str, Any] = field(default_factory=dict)
+    forward_parity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -134,7 +137,7 @@ def verify(
         started = time.monotonic()
         error, block = block_parity(lora, config, weights.read, torch.device(device), weight)
         problems = [] if error <= PARITY_TOLERANCE else [f"block {block}: merged and unmerged differ by {error:.2g}"]
-        report.merge["forward_parity"] = {"block": block, "relative_error": error}
+        report.forward_parity = {"block": block, "relative_error": error}
         ok = "no block is adapted" if block is None else f"block {block} merged equals unmerged to {error:.1e}"
         report.add("forward", problems, ok, since=started)
     return report
@@ -165,13 +168,16 @@ def _read(report: Report, path: str | Path, config: WanConfig, expect: Expectati
     started = time.monotonic()
     try:
         file = find_file(path)
+        report.file = {"path": str(file)}
+        if file.is_file():
+            record = hash_file(file)
+            report.file.update(bytes=record.size, sha256=record.sha256)
         lora = read_lora(file, config, alpha_override=expect.alpha_override, allow_unmatched=expect.allow_unmatched)
-        record = hash_file(file)
     except (WanError, OSError) as error:
-        report.add("file", [str(error).replace("\n", " ")], "", since=started)
+        fix = f" ({error.fix})" if isinstance(error, WanError) and error.fix else ""
+        report.add("file", [f"{getattr(error, 'message', error)}{fix}"], "", since=started)
         return None
-    report.file = {"path": str(file), "bytes": file.stat().st_size, "sha256": record.sha256, "format": lora.format,
-                   "metadata": dict(lora.metadata)}
+    report.file.update(format=lora.format, metadata=dict(lora.metadata))
     wrong = expect.sha256 and expect.sha256.lower() != record.sha256
     problems = [f"sha256 is {record.sha256}, expected {expect.sha256}"] if wrong else []
     report.add("file", problems, f"{report.file['bytes']:,} bytes, {lora.format}, every key resolved", since=started)
@@ -189,7 +195,8 @@ def _check_structure(
     report.structure = {
         "modules": len(lora.adapters), "differences": len(lora.diffs), "tensors": tensors, "values": values,
         "ranks": lora.ranks, "alphas": sorted(alphas), "alpha_source": lora.alpha_source, "expert": named,
-        "unmatched": list(lora.unmatched),
+        "unmatched": list(lora.unmatched), "kinds": lora.kinds,
+        "model": {"layers": config.num_layers, "dim": config.dim, "in_channels": config.in_channels},
         "dtypes": sorted({str(a.up.dtype).removeprefix("torch.") for a in lora.adapters.values()}),
     }
     problems = _holes(lora, config)
@@ -305,6 +312,7 @@ def _check_device(report: Report, lora: LoraFile, device: torch.device) -> None:
         count += 1
         if not torch.equal(there_and_back.nan_to_num(), tensor.nan_to_num()):
             problems.append(f"{name} comes back changed from {device}")
+    report.round_trip = {"tensors": count, "changed": len(problems)}
     report.add("device", problems[:10], f"{count} tensors to {device} and back, bit for bit", since=started)
 
 
@@ -316,41 +324,56 @@ def _check_merge(
 ) -> None:
     started = time.monotonic()
     errors: dict[str, float] = {}
+    problems: list[str] = []
     in_bf16 = MergeLoss()
-    for mm in lora.adapters:
-        error, loss = _merge_one(lora, mm, weights.read(f"{mm}.weight"), device, weight)
-        errors[mm] = error
+    for name in touched_parameters([(lora, weight)]):
+        error, rounding, loss = _merge_one(lora, name, weights.read(name), device, weight)
+        errors[name.removesuffix(".weight")] = error
         in_bf16.include(loss)
-    if not errors:
-        return
-    worst = max(errors, key=lambda mm: errors[mm])
-    bad = [mm for mm, error in errors.items() if not error <= MERGE_TOLERANCE]
-    problems = [f"{mm}: fp32 merge is off by {errors[mm]:.2g} of the change" for mm in bad[:10]]
-    report.merge = {"modules": len(errors), "worst": worst, "worst_relative_error": errors[worst],
+        if not error <= MERGE_TOLERANCE + rounding:
+            problems.append(f"{name.removesuffix('.weight')}: fp32 merge is off by {error:.2g} of the change")
+    worst = max(errors, key=lambda name: errors[name])
+    report.merge = {"modules": len(lora.adapters), "parameters": len(errors), "worst": worst,
+                    "worst_relative_error": errors[worst], "relative_errors": errors,
                     "base": "expert" if weights.files is not None else f"random, std {BASE_STD}",
                     "in_bf16": in_bf16.as_dict()}
-    report.add("merge", problems, f"{len(errors)} modules in fp32 on {device} against fp64, worst {errors[worst]:.1e} "
-               f"of the change ({worst}); a bf16 merge would keep: {in_bf16}", since=started)
+    report.add("merge", problems[:10], f"{len(errors)} parameters in fp32 on {device} against fp64, worst "
+               f"{errors[worst]:.1e} of the change ({worst}); a bf16 merge would keep: {in_bf16}", since=started)
 
 
 def _merge_one(
-    lora: LoraFile, mm: str, base: Tensor, device: torch.device, weight: float
-) -> tuple[float, MergeLoss]:
-    """Return the error of the fp32 merge on the device relative to the change, and what a bf16 merge loses."""
-    adapter = lora.adapters[mm]
+    lora: LoraFile, name: str, base: Tensor, device: torch.device, weight: float
+) -> tuple[float, float, MergeLoss]:
+    """Return the error of the fp32 merge on the device, the part of it that rounding to fp32 explains, and what a bf16
+    merge loses; both relative to the change.
+    """
     error_square = wanted_square = 0.0
     loss = MergeLoss()
     base = base.reshape(base.shape[0], -1)
-    down = adapter.down.double() * (weight * adapter.scale)
     for start, stop in row_chunks(base.shape):
         rows, columns = slice(start, stop), slice(0, base.shape[1])
-        exact = adapter.up[rows].double() @ down
-        change = change_of_rows(f"{mm}.weight", rows, columns, base.shape, [(lora, weight)], device)
+        exact = _exact_change(lora, name, rows, weight)
+        change = change_of_rows(name, rows, columns, base.shape, [(lora, weight)], device)
         if change is None:
-            raise CheckpointError(f"{mm} has no change")
+            raise CheckpointError(f"{name} has no change")
         merged = (base[rows].to(device) + change).cpu()
         error_square += float((merged.double() - base[rows].double() - exact).square().sum())
         wanted_square += float(exact.square().sum())
         stored = base[rows].bfloat16()
         loss.add(exact.float(), stored, (stored.float() + exact.float()).bfloat16())
-    return (error_square / wanted_square) ** 0.5 if wanted_square else float("inf"), loss
+    if not wanted_square:
+        return (float("inf") if error_square else 0.0), 0.0, loss
+    rounding = torch.finfo(torch.float32).eps * float(base.double().norm())
+    return (error_square / wanted_square) ** 0.5, rounding / wanted_square**0.5, loss
+
+
+def _exact_change(lora: LoraFile, name: str, rows: slice, weight: float) -> Tensor:
+    """Return the change of a parameter's rows in fp64, by other code than the merge's."""
+    adapter, diff = lora.adapters.get(name.removesuffix(".weight")), lora.diffs.get(name)
+    change = torch.zeros((), dtype=torch.float64)
+    if adapter is not None:
+        change = adapter.up[rows].double() @ (adapter.down.double() * (weight * adapter.scale))
+    if diff is not None:
+        change = change + diff[rows].flatten(1).double() * weight if diff.ndim > 1 else (
+            change + diff[rows, None].double() * weight)
+    return change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -68,6 +69,13 @@ class LoraFile:
     def ranks(self) -> list[int]:
         """The distinct ranks, ascending."""
         return sorted({adapter.rank for adapter in self.adapters.values()})
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many modules and differences there are of each kind, blocks taken together."""
+        names = (*self.adapters, *self.diffs)
+        return dict(Counter(f"blocks.*.{name.split('.', 2)[2]}" if name.startswith("blocks.") else name
+                            for name in names))
 
     @property
     def num_values(self) -> int:

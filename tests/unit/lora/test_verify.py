@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mindspeed_wan.lora.formats import parse
+from mindspeed_wan.lora.formats import LoraFile, parse, write_lora
 from mindspeed_wan.lora.verify import Expectation, Report, verify
 from mindspeed_wan.models.wan.config import PRESETS, WanConfig
 from tests.helpers.reward_lora import reward_lora
+from tests.unit.lora.cases import random_lora
 
 CONFIG = WanConfig(num_layers=3, dim=48, ffn_dim=96, num_heads=4, text_dim=32, text_len=16, freq_dim=16,
                    in_channels=36)
@@ -52,11 +53,16 @@ def test_the_whole_file_passes(tmp_path: Path) -> None:
     assert (report.structure["ranks"], report.structure["alphas"], report.structure["expert"]) == ([8], [4.0], "high")
     assert report.merge["modules"] == 30
     assert report.merge["worst_relative_error"] < 1e-3
-    assert report.merge["forward_parity"]["relative_error"] < 1e-3
+    assert report.forward_parity["relative_error"] < 1e-3
     assert report.statistics["up"]["std"] == pytest.approx(0.001245, rel=0.05)
     assert report.statistics["down"]["std"] == pytest.approx(0.008388, rel=0.05)
     report.write(tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"] is True
+    assert len(written["file"]["sha256"]) == 64 and written["file"]["bytes"] == path.stat().st_size
+    assert written["round_trip"] == {"tensors": 60, "changed": 0}
+    assert len(written["merge"]["relative_errors"]) == 30
+    assert written["structure"]["kinds"]["blocks.*.self_attn.proj_q"] == 3
 
 
 def test_real_counts_on_the_meta_device() -> None:
@@ -242,6 +248,31 @@ def test_suspicious_files_pass_with_a_warning(tmp_path: Path) -> None:
     assert "--alpha-override" in next(c.detail for c in report.checks if c.name == "structure")
     report = verify(save(tmp_path, no_alpha), CONFIG, expect=Expectation(alpha_override=4.0))
     assert next(c.status for c in report.checks if c.name == "structure") == "ok"
+
+
+def test_differences_are_merged_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones on norms, whose weights are near 1, and zero ones as some producers write them, are no errors."""
+    lora = random_lora(CONFIG, diffs=True)
+    diffs = {name: diff * (1e-4 if "norm" in name else 1.0) for name, diff in lora.diffs.items()}
+    diffs["patch_embedding.bias"] = torch.zeros(CONFIG.dim)
+    path = write_lora(LoraFile(lora.adapters, diffs), tmp_path / "adapter.safetensors", CONFIG, "lightx2v")
+    report = verify(path, CONFIG)
+    assert report.passed, problem(report)
+    assert report.merge["parameters"] == len(lora.adapters) + len(diffs)
+    from mindspeed_wan.lora import verify as module
+
+    exact = module.change_of_rows
+    monkeypatch.setattr(module, "change_of_rows",
+                        lambda name, *args: exact(name, *args) * (1.01 if name == "head.head.weight" else 1.0))
+    assert "head.head: fp32 merge is off by 0.01" in problem(verify(path, CONFIG))
+
+
+def test_the_report_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    path = save(tmp_path, whole())
+    path.write_bytes(path.read_bytes()[:-100])
+    report = verify(path, CONFIG)
+    assert report.file["bytes"] == path.stat().st_size and len(report.file["sha256"]) == 64
+    assert str(path) not in problem(report) and "fix:" not in problem(report)
 
 
 def test_a_wrong_merge_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
