@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mindspeed_wan.diffusion.schedule import SigmaSchedule
@@ -76,6 +77,11 @@ class CacheOptions:
                          "--cache_coefficients a,b,c,d,e")
         return found
 
+    def settings(self) -> dict[str, Any]:
+        """Return what decides a video's content, JSON-ready: of a table what is in it, wherever it lies."""
+        digest = None if self.table is None else hashlib.sha256(self.table.read_bytes()).hexdigest()[:16]
+        return {**asdict(self), "table": digest}
+
     def build(self, task: str, schedule: SigmaSchedule, *, shift: float, boundary: float | None, grid: str,
               solver: str) -> StepCache | Recorder | None:
         """Return what the loop follows on ``schedule``; ``None`` runs every block at every step.
@@ -115,7 +121,7 @@ class CacheOptions:
         reference = sigmas(table.num_steps, table.shift, grid, solver)  # type: ignore[arg-type]
         retention = _MAGCACHE_RETENTION.get(task, 0.2) if self.retention is None else self.retention
         # The published I2V recipe computes every step of the high expert.
-        forced = (0,) if task == "i2v-A14B" and self.table is None and self.retention is None else ()
+        forced = (0,) if task == "i2v-A14B" and self.table is None else ()
         return magcache_plan(ratios_for(table, schedule, reference, boundary), spans, max_skips=self.max_skips,
                              threshold=self._threshold(), retention=retention, forced_spans=forced)
 

@@ -20,11 +20,14 @@ from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.cache_tables import MagnitudeTable
 from mindspeed_wan.inference.step_cache import RunBlocks, expert_spans, modulation_changes
+from mindspeed_wan.inference.video_io import write_json
 from mindspeed_wan.models.wan.model import WanDiT
 
 _DEGREE = 4
 _POINTS_PER_COEFFICIENT = 2
 """A polynomial through as many points as it has coefficients says nothing about the points between them."""
+MIN_STEPS = _POINTS_PER_COEFFICIENT + 1
+"""Steps of an expert from which TeaCache's polynomial can be fitted; the first one has no step before it."""
 
 
 class Recorder:
@@ -127,9 +130,7 @@ def write_table(table: MagnitudeTable, path: Path) -> None:
         "ratios": [None if math.isnan(r) else r for r in table.ratios],
         "polynomials": [list(each) for each in table.polynomials],
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, values)
 
 
 def read_table(path: Path) -> MagnitudeTable:

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(generator: WanGenerator) -> None:
     """Make every video of this rank's replica that is not there yet."""
+    from mindspeed_wan.inference.calibration import MIN_STEPS
     from mindspeed_wan.parallel.agreement import first_decides
 
     runtime = generator.runtime
@@ -78,12 +79,21 @@ def _run(generator: WanGenerator) -> None:
     if options.lora.looks_distilled() and options.steps is not None and options.steps > 8:
         say(f"note: an adapter's name says few steps, but {options.steps} are asked for; --sample_preset lightx2v "
             "takes 4 Euler steps without guidance", flush=True)
-    finished = first_decides(lambda: [job.index for job in jobs if options.resume and _is_finished(generator, job)])
+    calibrates = options.cache.calibrate is not None
+    if calibrates and any(0 < steps < MIN_STEPS for steps in (high, low)):
+        say(f"note: {high} + {low} steps are too few for TeaCache's polynomials ({MIN_STEPS} of each expert are "
+            f"needed); {options.cache.calibrate} will serve MagCache only", flush=True)
+    # A finished video is what it is, but what a calibration measures has to be seen.
+    resumes = options.resume and not calibrates
+    finished = first_decides(lambda: [job.index for job in jobs if resumes and _is_finished(generator, job)])
     if finished:
         say(f"{len(finished)} of {len(jobs)} were finished earlier (--resume false makes them again)", flush=True)
     todo = [job for job in jobs if job.index not in finished]
     mine = todo[runtime.replica :: runtime.layout.replicas]
-    runtime.agree(lambda: video_io.check_writable([job.output for job in mine if runtime.leads]))
+    outputs = [job.output for job in mine if runtime.leads]
+    if options.cache.calibrate is not None and runtime.rank == 0:
+        outputs.append(options.cache.calibrate)
+    runtime.agree(lambda: video_io.check_writable(outputs))
     started = time.perf_counter()
     generator.prompts.encode([text for job in mine for text in (job.prompt, options.negative_prompt)])
     generator.prompts.release()

@@ -288,9 +288,8 @@ class GenerateOptions:
         height, width = self.size
         images = {name: _file_digest(path) for name, path in (("image", job.image), ("last_image", job.last_image))
                   if path}
-        cache = {"cache": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.cache).items()}}
         return {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, **values, **images,
-                **(cache if self.cache.method != "none" else {}),
+                **({"cache": self.cache.settings()} if self.cache.method != "none" else {}),
                 **({"attention": self.attention} if self.attention != "auto" else {}),
                 **({"guidance_limits": asdict(self.guidance_limits)} if self.guidance_limits else {}),
                 **({"pipefusion": self.pipefusion.settings(self.layout)} if self.pipefusion else {}),

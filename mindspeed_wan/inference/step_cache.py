@@ -106,7 +106,7 @@ def magcache_plan(
         spans: steps of each expert.
         threshold: largest accumulated error; larger skips more.
         max_skips: most steps reused in a row.
-        retention: share of each expert's steps, from its first, that always compute.
+        retention: share of each expert's steps, from its first, that always compute (``_retained``).
         forced_spans: experts (by position) whose steps all compute; the published I2V recipe never skips the high one.
     """
     if threshold <= 0 or max_skips < 1 or not 0 <= retention < 1:
@@ -114,7 +114,8 @@ def magcache_plan(
                           f"{max_skips}, {retention}")
     compute = [True] * spans[-1].stop
     for number, span in enumerate(spans):
-        forced = len(span) if number in forced_spans else max(1, math.ceil(retention * len(span)))
+        second = number > 0 and not forced_spans
+        forced = len(span) if number in forced_spans else _retained(len(span), retention, second=second)
         ratio, error, skips = 1.0, 0.0, 0
         for step in span[forced:]:
             ratio *= ratios[step]
@@ -124,6 +125,16 @@ def magcache_plan(
             if compute[step]:
                 ratio, error, skips = 1.0, 0.0, 0
     return CachePlan("magcache", tuple(compute))
+
+
+def _retained(steps: int, retention: float, *, second: bool) -> int:
+    """Return how many of an expert's first steps always compute, as MagCache's authors count.
+
+    They count passes, two a step, of which the conditional one decides here: those before ``int(2 * steps *
+    retention)`` compute, and for the second expert of T2V also the one at that place. A first step always does.
+    """
+    passes = int(2 * steps * retention)
+    return passes // 2 + 1 if second else max(1, (passes + 1) // 2)
 
 
 def taylorseer_plan(spans: Sequence[range], *, interval: int, order: int = 1, num_forced_start: int = 3) -> CachePlan:

@@ -14,23 +14,29 @@ from hypothesis import strategies as st
 from mindspeed_wan.diffusion.schedule import SigmaSchedule, sigmas
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference import calibration, step_cache
+from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.cache_tables import MAGNITUDES, POLYNOMIALS
 
 T2V = sigmas(40, 12.0, "official", "unipc")
 I2V = sigmas(40, 5.0, "official", "unipc")
 
 
-def _online_magcache(ratios: list[float], switch: int, threshold: float, k: int, retention: float) -> list[bool]:
-    """The published rule as a loop over steps that keeps its state, reset at the switch."""
+def _online_magcache(task: str, ratios: list[float], switch: int, threshold: float, k: int, retention: float
+                     ) -> list[bool]:
+    """The authors' loop over passes (two a step; here the conditional ones), its state dropped at the switch."""
+    split, total = 2 * switch, 2 * len(ratios)
     decisions, state = [], (1.0, 0, 0.0)
-    for step in range(len(ratios)):
-        start, stop = (0, switch) if step < switch else (switch, len(ratios))
-        if step == start:
+    for cnt in range(0, total, 2):
+        if cnt == split:
             state = (1.0, 0, 0.0)
+        if task.startswith("i2v"):
+            retained = cnt < int(split + (total - split) * retention)
+        else:
+            retained = cnt < int(split * retention) or split <= cnt <= (total - split) * retention + split
         skip = False
-        if step - start >= max(1, math.ceil(retention * (stop - start))):
+        if not retained and cnt not in (0, split):
             r, n, err = state
-            r, n = r * ratios[step], n + 1
+            r, n = r * ratios[cnt // 2], n + 1
             err += abs(1 - r)
             skip = err < threshold and n <= k
             state = (r, n, err) if skip else (1.0, 0, 0.0)
@@ -38,16 +44,30 @@ def _online_magcache(ratios: list[float], switch: int, threshold: float, k: int,
     return decisions
 
 
-@pytest.mark.parametrize(("threshold", "k", "retention"), [(0.06, 2, 0.4), (0.04, 2, 0.2), (0.24, 6, 0.2)])
-@pytest.mark.parametrize(("task", "schedule"), [("t2v-A14B", T2V), ("i2v-A14B", I2V)])
-def test_magcache_plan_equals_the_rule_run_online(task: str, schedule, threshold: float, k: int, retention: float):
+@pytest.mark.parametrize(("threshold", "k", "retention"), [
+    (0.06, 2, 0.4), (0.06, 2, 0.1), (0.04, 2, 0.2), (0.24, 6, 0.2), (0.06, 2, 0.5), (0.1, 3, 0.0),
+])
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B"])
+@pytest.mark.parametrize("steps", [40, 50, 33, 8, 4])
+def test_magcache_plan_equals_the_rule_run_online(task: str, steps: int, threshold: float, k: int, retention: float):
     table = MAGNITUDES[task]
+    schedule, reference = (sigmas(n, table.shift, "official", "unipc") for n in (steps, table.num_steps))
     spans = step_cache.expert_spans(schedule, table.boundary)
-    ratios = step_cache.ratios_for(table, schedule, schedule, table.boundary)
-    plan = step_cache.magcache_plan(ratios, spans, threshold=threshold, max_skips=k, retention=retention)
-    known = [1.0 if math.isnan(r) else r for r in table.ratios]
-    assert list(plan.compute) == _online_magcache(known, spans[1].start, threshold, k, retention)
-    assert plan.num_skipped > 0 and plan.ideal_speedup > 1.1
+    ratios = step_cache.ratios_for(table, schedule, reference, table.boundary)
+    options = CacheOptions(method="magcache", threshold=threshold, max_skips=k, retention=retention)
+    cache = options.build(task, schedule, shift=table.shift, boundary=table.boundary, grid="official", solver="unipc")
+    expected = _online_magcache(task, ratios, spans[1].start, threshold, k, retention)
+    assert isinstance(cache, step_cache.StepCache) and list(cache.plan.compute) == expected
+    assert steps < 30 or cache.plan.num_skipped > 0
+
+
+def test_the_published_recipe_keeps_ten_and_six_steps_of_t2v() -> None:
+    """What the authors' code gives for E006K2R04 at 40 steps: 26 high steps, int(52 * 0.4) = 20 passes."""
+    cache = CacheOptions(method="magcache").build("t2v-A14B", T2V, shift=12.0, boundary=0.875, grid="official",
+                                                  solver="unipc")
+    assert isinstance(cache, step_cache.StepCache)
+    assert cache.plan.compute[:12] == (True,) * 10 + (False,) * 2
+    assert cache.plan.compute[26:33] == (True,) * 6 + (False,)
 
 
 def test_published_tables_belong_to_the_official_schedules() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,8 @@ class _Online:
         return True
 
     def _magcache(self, step: int) -> bool:
-        if self.place < max(1, math.ceil(self.cache.retention * self.lengths[self.expert])):
+        passes, low = 2 * self.lengths[self.expert] * self.cache.retention, self.expert == "low"
+        if self.place == 0 or (2 * self.place <= passes if low else 2 * self.place < int(passes)):
             return True
         self.ratio, self.skips = self.ratio * self.ratios[step], self.skips + 1
         self.sum += abs(1 - self.ratio)
