@@ -81,7 +81,8 @@ class BlockStream:
         self._module = torch.get_device_module(device) if device.type != "cpu" else None
         self._copies: Any = self._module.Stream(device) if self._module else None
         self._arrived: list[Any] = [None, None]
-        self._used: list[Any] = [None, None]
+        # The buffers' memory may have been in use by computation that is still queued.
+        self._used: list[Any] = [self._module.current_stream(device).record_event() if self._module else None] * 2
         self._turn = 0
 
     def attach(self, blocks: nn.ModuleList) -> None:
@@ -137,8 +138,7 @@ class BlockStream:
                 self._buffers[place][name, value.dtype].copy_(value)
             return
         with self._module.stream(self._copies):
-            if self._used[place] is not None:
-                self._copies.wait_event(self._used[place])
+            self._copies.wait_event(self._used[place])
             for name, value in sources.items():
                 self._buffers[place][name, value.dtype].copy_(value, non_blocking=True)
             self._arrived[place] = self._copies.record_event()

@@ -137,9 +137,10 @@ class ParkedInput:
         return self._device is not None or self._coming is not None
 
     def leave_device(self) -> None:
-        """Drop the device memory; computation queued from here on waits until the host has the values."""
-        if self._leaving is not None:
-            self._leaving.wait()
+        """Drop the device memory; what is queued from here on, and may get that memory, waits for copies under way."""
+        for copy in (self._leaving, self._coming):
+            if copy is not None:
+                copy.wait()
         self._device = self._leaving = self._coming = None
 
     def start_return(self) -> None:

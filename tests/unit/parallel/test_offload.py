@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.parallel import recompute
-from mindspeed_wan.parallel.offload import HostBuffers, InputOffload
+from mindspeed_wan.parallel.offload import HostBuffers, InputOffload, ParkedInput
 from mindspeed_wan.parallel.recompute import RecomputePlan, apply_recompute
 from mindspeed_wan.platforms.copies import CopyStream
 from tests.helpers.oracle import TINY, diffusers_model, mm_state_dict, random_batch
@@ -151,3 +151,33 @@ def test_buffers_grow_only_where_they_must() -> None:
     buffers.give(stream.host_bytes(8))
     assert buffers.take(32, stream).nbytes == 32
     assert buffers._free == []
+
+
+class _Watched(CopyStream):
+    """Copies at once, and notes which copies were waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.started: list[Tensor] = []
+        self.waited: list[int] = []
+
+    def run(self, target: Tensor, source: Tensor) -> int:
+        super().run(target, source)
+        self.started.append(target)
+        return len(self.started) - 1
+
+    def wait(self, event: int) -> None:
+        self.waited.append(event)
+
+
+def test_memory_is_given_up_after_the_copies_that_use_it() -> None:
+    """Also that of an input fetched on a wrong guess, whose copy nobody has waited for."""
+    stream, x = _Watched(), torch.arange(4.0)
+    entry = ParkedInput(x, stream.host_like(x), stream, None)
+    entry.leave_device()
+    assert stream.waited == [0]
+    entry.start_return()
+    assert len(stream.started) == 2
+    entry.leave_device()
+    assert stream.waited == [0, 1] and not entry.is_on_device
+    assert torch.equal(entry.take(), x)
