@@ -7,8 +7,10 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,29 @@ def test_commands_name_real_things(page: str, command: str) -> None:
     check = _CHECKS.get(words[0])
     assert check is not None, f"{page}: nobody checks commands of {words[0]!r}; add a check to this test"
     check(words)
+
+
+_DEGREES = ("--tensor_size", "--ulysses_size", "--ring_size", "--cfg_size", "--pipeline_model_parallel_size",
+            "--tensor-model-parallel-size", "--context-parallel-size", "--pipeline-model-parallel-size")
+
+
+@pytest.mark.parametrize(("page", "command"), [found for found in _commands() if "/wan2." in found[1]])
+def test_launch_commands_start_the_ranks_of_their_layout(page: str, command: str) -> None:
+    words = shlex.split(command, comments=True)
+    variables: dict[str, str] = {}
+    while re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
+        name, _, variables[name] = words.pop(0).partition("=")
+    if words[0] != "bash":
+        return
+    generates = any(word in words[1] for word in ("inference", "generate", "predict"))
+    ranks = int(variables.get("NPROC_PER_NODE", "1" if generates and "8card" not in words[1] else "8"))
+    ranks *= int(variables.get("NNODES", "1"))
+    experts = variables.get("EXPERT_RANKS", "even" if "pretrain_both" in words[1] else str(ranks))
+    parts = [ranks // 2, ranks // 2] if experts == "even" else [int(part) for part in experts.split(",")]
+    degrees = [int(variables.get(name, "1")) for name in ("TP", "CP", "PP")]
+    degrees += [int(value) for flag, value in pairwise(words) if flag in _DEGREES]
+    assert sum(parts) == ranks, page
+    assert all(part % math.prod(degrees) == 0 for part in parts), f"{page}: {parts} ranks, degrees {degrees}"
 
 
 def _check_make(words: list[str]) -> None:

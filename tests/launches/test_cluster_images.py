@@ -40,6 +40,15 @@ def test_images_are_well_formed_and_not_root(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix)
+def test_the_user_may_write_where_the_job_starts(path: Path) -> None:
+    """COPY gives files to the user, but not the folder that WORKDIR makes; relative SAVE_PATHs are in it."""
+    found = instructions(path)
+    workdir = dict(found)["WORKDIR"]
+    before = found[: [name for name, _ in found].index("WORKDIR")]
+    assert any(f"install -d --owner wan {workdir}" in argument for name, argument in before if name == "RUN")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix)
 def test_commands_of_images_are_valid_bash(path: Path) -> None:
     for name, argument in instructions(path):
         if name == "RUN":
