@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", type=Path, metavar="DIR",
                         help="local VideoMAE or CLIP folder: Frechet distance to the references")
     parser.add_argument("--prompts", type=Path, metavar="FILE",
-                        help="prompt of each clip for --clip, JSON or CSV; default: the .json or .txt beside a video")
+                        help="prompt of each clip for --clip and the pages, JSON or CSV; default: the .json or .txt "
+                        "beside a video")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the report")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Write clips.csv, summary.json, comparison.html and rating.html, or measure a checkpoint's loss."""
     if args.action == "loss":
         return eval_loss.run(args)
-    from mindspeed_wan.evaluation.compare import compare, write_tables
+    from mindspeed_wan.evaluation.compare import compare, remarks, write_tables
     from mindspeed_wan.evaluation.html import comparison_page, rating_page
     from mindspeed_wan.evaluation.score import read_ratings
 
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     write_tables(args.out, clips, results)
     for result in results:
         print(f"{result.model}: {result.num_clips} clips, {_describe(result)}")
+    for remark in remarks(clips):
+        print(f"note: {remark}")
     print(f"report: {comparison_page(args.out, clips, results)}")
     print(f"rating sheet: {rating_page(args.out, clips)}")
     return 0
@@ -68,8 +71,8 @@ def _check(args: argparse.Namespace) -> None:
     if not args.model:
         raise ConfigError("nothing to measure",
                           fix="give --model NAME=DIR (and --reference DIR), or use the action: mindspeed-wan eval loss")
-    if args.prompts is not None and args.clip is None:
-        raise ConfigError("--prompts without --clip: nothing reads them", fix="add --clip DIR, or leave it out")
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out} is not a folder")
     if args.reference is None:
         for name, value in (("--features", args.features), ("--ratings", args.ratings),
                             ("--seed-compat", args.seed_compat)):
@@ -80,10 +83,11 @@ def _check(args: argparse.Namespace) -> None:
 def _measures(args: argparse.Namespace) -> Measures:
     """Load what the options name."""
     from mindspeed_wan.evaluation.compare import Measures
+    from mindspeed_wan.evaluation.prompts import read_prompts
 
+    prompts = {} if args.prompts is None else read_prompts(args.prompts)
     if args.clip is None and args.features is None:
-        return Measures(seed_compat=args.seed_compat)
-    from mindspeed_wan.evaluation.learned import read_prompts
+        return Measures(seed_compat=args.seed_compat, prompts=prompts)
     from mindspeed_wan.models.score_models import ClipScorer, VideoFeatures
     from mindspeed_wan.platforms import get_platform
 
@@ -92,7 +96,7 @@ def _measures(args: argparse.Namespace) -> Measures:
         seed_compat=args.seed_compat,
         clip=None if args.clip is None else ClipScorer(args.clip, device),
         features=None if args.features is None else VideoFeatures(args.features, device),
-        prompts={} if args.prompts is None else read_prompts(args.prompts),
+        prompts=prompts,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ class _Keep(argparse.Action):
 def run(args: argparse.Namespace) -> int:
     """Print the loss and its quarters; rank 0 writes ``--json``."""
     from mindspeed_wan.config import flags
+    from mindspeed_wan.evaluation.output import write_text
     from mindspeed_wan.parallel.agreement import is_first
     from mindspeed_wan.parallel.failures import explained
     from mindspeed_wan.parallel.groups import destroy
@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     if is_first():
         print(f"validation loss: {found.describe()}")
         if args.json is not None:
-            _write(args.json, {"loss": found.loss, "quartiles": list(found.quartiles),
-                               "sigma_bounds": list(found.sigma_bounds), "expert": config.diffusion.expert,
-                               "load": config.checkpoint.load, "seed": config.training.seed})
+            values = {"loss": found.loss, "quartiles": list(found.quartiles), "sigma_bounds": list(found.sigma_bounds),
+                      "expert": config.diffusion.expert, "load": config.checkpoint.load, "seed": config.training.seed}
+            write_text(args.json, json.dumps(values, indent=1) + "\n")
     destroy()
     return 0
 
@@ -80,10 +80,3 @@ def run(args: argparse.Namespace) -> int:
 def _last(words: Sequence[str], name: str) -> str | None:
     values = [words[at + 1] for at, word in enumerate(words[:-1]) if word == name]
     return values[-1] if values else None
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

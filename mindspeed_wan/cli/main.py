@@ -25,7 +25,7 @@ COMMANDS = {
     "features": ("mindspeed_wan.cli.features", "encode clips and captions once, for training from cached features"),
     "import": ("mindspeed_wan.cli.import_", "another trainer's command line as our configuration and launcher"),
     "lora": ("mindspeed_wan.cli.lora", "inspect, convert and merge LoRA files"),
-    "eval": ("mindspeed_wan.cli.eval", "score generated videos, compare two models"),
+    "eval": ("mindspeed_wan.cli.eval", "score generated videos, compare models"),
     "accelerate": ("mindspeed_wan.cli.accelerate", "what faster ways of generating cost, measured; a quality gate"),
     "schema": ("mindspeed_wan.cli.schema", "JSON Schema files for editors: model.json, data.json, fsdp2, cluster ..."),
     "report": ("mindspeed_wan.cli.report", "one HTML file about training runs"),

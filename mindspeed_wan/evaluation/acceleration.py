@@ -6,7 +6,6 @@ Nothing is generated here (``cli.accelerate`` does); this is the arithmetic and 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_wan.evaluation import metrics
+from mindspeed_wan.evaluation.output import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +108,14 @@ def markdown(results: Sequence[Result], left_out: dict[str, str]) -> str:
 
 
 def write_report(out: Path, facts: dict[str, Any], results: Sequence[Result], left_out: dict[str, str]) -> None:
-    """Write ``acceleration.json`` and ``acceleration.md`` into ``out`` (temporary name, then renamed).
+    """Write ``acceleration.json`` and ``acceleration.md`` into ``out``.
 
     Args:
         facts: model, machine and exact run, JSON-ready.
         results: one for each candidate.
         left_out: candidates that this model cannot run, and why.
     """
-    out.mkdir(parents=True, exist_ok=True)
     record = {**facts, "candidates": [asdict(result) for result in results], "left_out": left_out}
-    _write(out / "acceleration.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / "acceleration.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     told = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
-    _write(out / "acceleration.md", f"# Acceleration\n\n{told}\n\n{markdown(results, left_out)}\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(out / "acceleration.md", f"# Acceleration\n\n{told}\n\n{markdown(results, left_out)}\n")

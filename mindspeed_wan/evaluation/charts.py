@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +16,8 @@ MAX_POINTS = 2000
 """Longer curves are averaged over equal runs of points, so that a page of a long run stays small."""
 WINDOW = 50
 """A running mean covers about a fiftieth of the curve."""
+MAX_NAMES = 24
+"""More names than this under one chart cannot be read."""
 
 
 def curves(title: str, series: Mapping[str, Points], *, smoothed: Callable[[Points], Points] | None = None) -> str:
@@ -52,7 +57,11 @@ def grouped(title: str, values: Mapping[str, Mapping[str, float]]) -> str:
         for number, (series, row) in enumerate(values.items()):
             places = [at + (number - (len(values) - 1) / 2) * width for at, name in enumerate(names) if name in row]
             axes.bar(places, [row[name] for name in names if name in row], width=width, label=series)
-        axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
+        if len(names) > MAX_NAMES:
+            axes.set_xticks([])
+            axes.set_xlabel(f"{len(names)} clips, in the order of the page")
+        else:
+            axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
 
     return _svg(title, draw)
 
@@ -76,16 +85,26 @@ def smooth(points: Points) -> Points:
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:
+    import matplotlib
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = picture.subplots()
-    draw(axes)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    buffer = io.StringIO()
-    picture.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return "<div>" + text[text.index("<svg") :] + "</div>"
+    # Text stays text: any script and sign is shown by the browser's fonts, and a $ in a name is no formula.
+    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # only measured with matplotlib's own font
+        picture = Figure(figsize=(7.5, 3.2), layout="constrained")
+        axes = picture.subplots()
+        draw(axes)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        buffer = io.StringIO()
+        picture.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return f"<div>{_own_names(buffer.getvalue())}</div>"
+
+
+def _own_names(svg: str) -> str:
+    """Return the ``<svg>`` element with ids that no other chart of the page has."""
+    text = svg[svg.index("<svg") :]
+    mark = f"c{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{mark}-", text)

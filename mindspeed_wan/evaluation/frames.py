@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mindspeed_wan.errors import DataError
+from mindspeed_wan.evaluation.metrics import MIN_SIDE
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
@@ -21,7 +22,7 @@ def read_frames(path: Path) -> tuple[np.ndarray, float]:
         frames [T, H, W, 3] uint8 and the average frame rate in Hz.
 
     Raises:
-        DataError: the file is missing, empty, or no video.
+        DataError: the file is missing, empty, no video, or its frames are too small for any metric.
     """
     import av
 
@@ -36,6 +37,11 @@ def read_frames(path: Path) -> tuple[np.ndarray, float]:
         raise DataError(f"cannot be decoded: {error}", where=str(path)) from None
     if not frames:
         raise DataError("holds no frame", where=str(path))
+    height, width = frames[0].shape[:2]
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise DataError("changes its size from frame to frame", where=str(path))
+    if min(height, width) < MIN_SIDE:
+        raise DataError(f"frames of {width}x{height} are smaller than {MIN_SIDE} pixels", where=str(path))
     return np.stack(frames), rate
 
 
@@ -53,10 +59,21 @@ def align(reference: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def find_videos(folder: Path) -> dict[str, Path]:
-    """Return {stem: path} of the videos directly inside ``folder``; an empty folder is an error."""
+    """Return {stem: path} of the videos directly inside ``folder``, hidden files left out.
+
+    Raises:
+        DataError: no folder, no video in it, or two of one name.
+    """
     if not folder.is_dir():
         raise DataError("is not a folder", where=str(folder))
-    videos = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
+    videos: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in VIDEO_SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in videos:
+            raise DataError(f"holds both {videos[path.stem].name} and {path.name}", where=str(folder),
+                            fix="videos pair by file name without its ending: rename or move one of them")
+        videos[path.stem] = path
     if not videos:
         raise DataError(f"holds no video ({', '.join(VIDEO_SUFFIXES)})", where=str(folder))
     return videos

@@ -1,6 +1,7 @@
 """The pages people look at: a comparison with players that run in step, and the rating sheet. One file each.
 
-Small videos are embedded, so a page can be mailed; larger ones are linked by relative path.
+Small videos are embedded, so a page can be mailed; larger ones, and those of a page that would become too large, are
+linked by relative path.
 """
 
 from __future__ import annotations
@@ -9,20 +10,34 @@ import base64
 import html
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import quote
 
 from mindspeed_wan.evaluation.charts import grouped
-from mindspeed_wan.evaluation.compare import ClipResult, ModelResult
+from mindspeed_wan.evaluation.compare import ClipResult, ModelResult, remarks
+from mindspeed_wan.evaluation.output import write_text
 from mindspeed_wan.evaluation.score import CRITERIA
 
 EMBED_LIMIT_BYTES = 2_000_000
+PAGE_LIMIT_BYTES = 100_000_000
+"""A page with more videos than this links them all: browsers would choke on it."""
+
+MIME_TYPES = {".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm", ".mkv": "video/x-matroska",
+              ".avi": "video/x-msvideo"}
 
 PLOTS = {
     "psnr_db": "PSNR, dB", "ssim": "SSIM", "flicker": "flicker (1 is still)", "motion": "motion, pixels per frame",
     "text_similarity": "text similarity (CLIP)", "frame_consistency": "frame consistency (CLIP)",
 }
 """Metrics of clips that are drawn, with their titles."""
+
+_COLUMNS = {
+    **PLOTS, "num_clips": "clips", "ms_ssim": "MS-SSIM", "frechet_distance": "Frechet distance",
+    "num_ratings": "ratings", "subjective": "subjective, of 20",
+}
+"""Heads of the table of means where the field's own name does not do."""
 
 _STYLE = """
 :root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}body{margin:2rem auto;max-width:1200px;padding:0 1rem}
@@ -34,12 +49,14 @@ figure{margin:0}video{max-width:280px;background:#0003}figcaption{font-size:.85e
 SYNC = """
 for (const row of document.querySelectorAll('.row')) {
   const all = [...row.querySelectorAll('video')];
+  const led = new Set();  // players that another one has moved: the end of their own seek moves nobody
+  const move = (o, time) => { if (Math.abs(o.currentTime - time) > 0.05) { led.add(o); o.currentTime = time; } };
   for (const v of all) {
-    v.addEventListener('play', () => all.forEach(o => {
-      if (o !== v && o.paused) { o.currentTime = v.currentTime; o.play(); } }));
-    v.addEventListener('pause', () => all.forEach(o => { if (o !== v) o.pause(); }));
-    v.addEventListener('seeked', () => all.forEach(o => {
-      if (o !== v && Math.abs(o.currentTime - v.currentTime) > 0.05) o.currentTime = v.currentTime; }));
+    const others = all.filter(o => o !== v);
+    v.addEventListener('play', () => others.forEach(o => {
+      if (o.paused) { move(o, v.currentTime); o.play().catch(() => {}); } }));
+    v.addEventListener('pause', () => others.forEach(o => o.pause()));
+    v.addEventListener('seeked', () => { if (!led.delete(v)) others.forEach(o => move(o, v.currentTime)); });
   }
 }
 """
@@ -63,13 +80,16 @@ document.querySelector('#export').onclick = () => {
 
 def comparison_page(out: Path, clips: list[ClipResult], models: list[ModelResult]) -> Path:
     """Write ``comparison.html``: a table of means, then each clip with reference and models side by side."""
-    parts = [_summary_table(models), *_plots(clips, models), "<h2>Clips</h2>"]
+    notes = "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks(clips))
+    parts = [_summary_table(models), f"<ul>{notes}</ul>" if notes else "", *_plots(clips, models), "<h2>Clips</h2>"]
+    embed = may_embed(Path(v) for c in clips for v in (c.video, c.reference) if v is not None)
     for name in dict.fromkeys(c.clip for c in clips):
         own = [c for c in clips if c.clip == name]
         figures = []
         if own[0].reference is not None:
-            figures.append(figure(Path(own[0].reference), out, "reference", f"motion {own[0].reference_motion:.2f} px"))
-        figures += [figure(Path(c.video), out, c.model, _caption(c)) for c in own]
+            told = f"motion {own[0].reference_motion:.2f} px"
+            figures.append(figure(Path(own[0].reference), out, "reference", told, embed=embed))
+        figures += [figure(Path(c.video), out, c.model, _caption(c), embed=embed) for c in own]
         prompt = f"<p>{html.escape(own[0].prompt)}</p>" if own[0].prompt else ""
         parts.append(f"<h3>{html.escape(name)}</h3>{prompt}<div class=row>{''.join(figures)}</div>")
     return write_page(out / "comparison.html", "Comparison", "".join(parts), SYNC)
@@ -78,14 +98,16 @@ def comparison_page(out: Path, clips: list[ClipResult], models: list[ModelResult
 def rating_page(out: Path, clips: list[ClipResult]) -> Path:
     """Write ``rating.html``: the four criteria for every clip, exported as the CSV that ``--ratings`` reads."""
     head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in CRITERIA)
+    embed = may_embed(Path(c.video) for c in clips)
     rows = []
     for clip in clips:
         cells = "".join(
             f"<td><select data-c={c}><option value=''>-</option>"
             + "".join(f"<option>{n}</option>" for n in range(1, 6)) + "</select></td>" for c in CRITERIA)
+        told = f"{clip.clip}: {clip.prompt}" if clip.prompt else clip.clip
         rows.append(
             f"<tr data-model='{html.escape(clip.model, quote=True)}' data-clip='{html.escape(clip.clip, quote=True)}'>"
-            f"<td>{figure(Path(clip.video), out, clip.model, clip.clip)}</td>{cells}</tr>")
+            f"<td>{figure(Path(clip.video), out, clip.model, told, embed=embed)}</td>{cells}</tr>")
     body = (f"<p>Rate each clip from 1 (bad) to 5 (good), then export.</p><table><tr><th>clip</th>{head}</tr>"
             f"{''.join(rows)}</table><button id=export>Export CSV</button>")
     return write_page(out / "rating.html", "Rating sheet", body, f"const criteria={json.dumps(CRITERIA)};{_EXPORT}")
@@ -113,7 +135,7 @@ def _plots(clips: list[ClipResult], models: list[ModelResult]) -> list[str]:
 
 def _summary_table(models: list[ModelResult]) -> str:
     names = [k for k in asdict(models[0]) if k != "model" and any(asdict(m)[k] is not None for m in models)]
-    head = "".join(f"<th>{n.replace('_', ' ')}</th>" for n in ("model", *names))
+    head = "".join(f"<th>{_COLUMNS.get(n, n)}</th>" for n in ("model", *names))
     body = ""
     for model in models:
         values = asdict(model)
@@ -128,22 +150,27 @@ def _number(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def figure(video: Path, out: Path, title: str, text: str) -> str:
+def may_embed(videos: Iterable[Path]) -> bool:
+    """Tell whether a page with all the small ones of these videos inside stays of a size that browsers open."""
+    sizes = [path.stat().st_size for path in set(videos)]
+    return sum(size for size in sizes if size <= EMBED_LIMIT_BYTES) <= PAGE_LIMIT_BYTES
+
+
+def figure(video: Path, out: Path, title: str, text: str, *, embed: bool = True) -> str:
     """Return a player with its caption; ``out`` is the folder that a linked video is relative to."""
-    if video.stat().st_size <= EMBED_LIMIT_BYTES:
-        source = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
+    if embed and video.stat().st_size <= EMBED_LIMIT_BYTES:
+        kind = MIME_TYPES.get(video.suffix.lower(), "video/mp4")
+        source = f"data:{kind};base64," + base64.b64encode(video.read_bytes()).decode()
     else:
-        source = html.escape(os.path.relpath(video, out), quote=True)
+        source = quote(os.path.relpath(video, out))
     return (f"<figure><video controls loop muted playsinline preload=metadata src='{source}'></video>"
             f"<figcaption><b>{html.escape(title)}</b> {html.escape(text)}</figcaption></figure>")
 
 
 def write_page(path: Path, title: str, body: str, script: str = "") -> Path:
-    """Write one self-contained page (temporary name, then renamed)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{body}<script>{script}</script></html>")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write one self-contained page."""
+    head = (f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
+            f"<style>{_STYLE}</style>")
+    text = f"<!doctype html><html lang=en>{head}<h1>{title}</h1>{body}<script>{script}</script></html>"
+    write_text(path, text + "\n")
     return path

@@ -10,11 +10,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,43 +50,3 @@ def _root(matrix: Tensor) -> Tensor:
     """Return the root of a symmetric positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def read_prompts(path: Path) -> dict[str, str]:
-    """Read {clip name: prompt} from a JSON object or a CSV with the columns clip and prompt.
-
-    Raises:
-        DataError: neither of these.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path)) from None
-    if path.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-        if not rows or not {"clip", "prompt"} <= set(rows[0]):
-            raise DataError("needs a header with the columns clip and prompt", where=str(path))
-        return {row["clip"]: row["prompt"] for row in rows}
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"is not JSON: {error}", where=str(path)) from None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise DataError('is not an object like {"clip name": "prompt"}', where=str(path))
-    return found
-
-
-def prompt_of(video: Path, given: Mapping[str, str]) -> str | None:
-    """Return a video's prompt: as given, or from the JSON or text file beside it (generation writes the JSON)."""
-    if video.stem in given:
-        return given[video.stem]
-    beside = video.with_suffix(".json")
-    if beside.is_file():
-        try:
-            values = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError:
-            raise DataError("is not JSON", where=str(beside)) from None
-        if isinstance(values, dict) and isinstance(values.get("prompt"), str):
-            return str(values["prompt"])
-    beside = video.with_suffix(".txt")
-    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from mindspeed_wan.errors import DataError
 from mindspeed_wan.evaluation.charts import Points, bars, curves, smooth
-from mindspeed_wan.evaluation.html import SYNC, figure, write_page
+from mindspeed_wan.evaluation.html import SYNC, figure, may_embed, write_page
 
 CURVES = {
     "loss": "loss (thin: each iteration, thick: running mean)",
@@ -33,6 +33,7 @@ CURVES = {
 MAX_BAD_ROWS = 200
 MAX_VIDEO_ITERATIONS = 8
 """Of more iterations with validation videos, the first, the last and some between are shown."""
+LIST_FILE = "videos.json"
 GIB = 2**30
 EXPERTS = ("high", "low")
 
@@ -43,7 +44,7 @@ def run_report(runs: list[Path], out: Path) -> Path:
     Raises:
         DataError: a folder without ``metrics.jsonl``, or a damaged file.
     """
-    runs = [folder for run in runs for folder in _experts(run)]
+    runs = list(dict.fromkeys(folder.resolve() for run in runs for folder in _experts(run)))
     loaded = {_label(run, runs): _load(run) for run in runs}
     body = ["<h2>Curves</h2>"]
     for key, title in CURVES.items():
@@ -52,8 +53,9 @@ def run_report(runs: list[Path], out: Path) -> Path:
             body.append(curves(title, series, smoothed=smooth if key == "loss" else None))
     body += [_quartile_chart(name, run) for name, run in loaded.items()]
     body.append(_sigma_chart(loaded))
+    embed = may_embed(video for run in loaded.values() for video in run["videos"])
     for name, run in loaded.items():
-        body.append(_run_section(name, run, out.parent))
+        body.append(_run_section(name, run, out.parent, embed))
     return write_page(out, "Training report", "".join(body), SYNC)
 
 
@@ -69,11 +71,13 @@ def _load(folder: Path) -> dict[str, Any]:
         raise DataError("holds no metrics.jsonl", where=str(folder), fix="give the run's save folder (SAVE_PATH)")
     run: dict[str, Any] = {"folder": folder, "metrics": _json_lines(metrics)}
     for name in ("config", "versions"):
-        path = folder / f"{name}.json"
-        run[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        run[name] = _json(folder / f"{name}.json")
     run["bad"] = _json_lines(folder / "bad_samples.jsonl")
     run["validation"] = _json_lines(folder / "validation.jsonl")
-    run["videos"] = sorted((folder / "validation").glob("**/*.mp4"))
+    found = sorted({video.parent for video in (folder / "validation").glob("iter_*/*.mp4")})
+    shown = _spread(found, MAX_VIDEO_ITERATIONS)
+    run["videos"] = [video for iteration in shown for video in sorted(iteration.glob("*.mp4"))]
+    run["iterations_with_videos"] = len(found)
     return run
 
 
@@ -81,15 +85,33 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; the last one may be torn by a kill, any other bad line is an error."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number != len(lines):
-                raise DataError("is not JSON", where=f"{path}:{number}") from None
+            if number == len(lines):
+                break
+            raise DataError("is not JSON", where=f"{path}:{number}") from None
+        if not isinstance(row, dict):
+            raise DataError("is not a JSON object", where=f"{path}:{number}")
+        rows.append(row)
     return rows
+
+
+def _json(path: Path) -> Any:
+    """Read a JSON file; ``None`` where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise DataError("is not JSON", where=str(path)) from None
 
 
 def _label(run: Path, runs: list[Path]) -> str:
@@ -142,20 +164,22 @@ def _sigma_chart(loaded: dict[str, dict[str, Any]]) -> str:
     return bars("sigmas of all training samples", counts, (0.0, 1.0), "sigma") if counts else ""
 
 
-def _run_section(name: str, run: dict[str, Any], out: Path) -> str:
+def _run_section(name: str, run: dict[str, Any], out: Path, embed: bool) -> str:
     rows = run["metrics"]
-    last = f"{len(rows)} iterations, last loss {rows[-1]['loss']:.4f}" if rows else "no iteration yet"
+    losses = _numbers(rows, "loss")
+    last = f"{len(rows)} iterations" if rows else "no iteration yet"
+    last += f", last loss {losses[-1][1]:.4f}" if losses else ""
     skipped = sum(bool(row.get("skipped")) for row in rows)
     last += f", {skipped} left out" if skipped else ""
-    if run["validation"]:
-        last += f", last validation loss {run['validation'][-1]['loss']:.6f}"
+    if measured := _numbers(run["validation"], "loss"):
+        last += f", last validation loss {measured[-1][1]:.6f}"
     parts = [f"<h2>{html.escape(name)}</h2><p>{html.escape(str(run['folder']))}: {last}</p>"]
     if run["bad"]:
         shown = "".join(f"<tr><td>{html.escape(json.dumps(row, ensure_ascii=False))}</td></tr>"
                         for row in run["bad"][:MAX_BAD_ROWS])
         more = f" (the first {MAX_BAD_ROWS})" if len(run["bad"]) > MAX_BAD_ROWS else ""
         parts.append(f"<h3>{len(run['bad'])} bad samples{more}</h3><table>{shown}</table>")
-    parts.append(_videos(run["videos"], out))
+    parts.append(_videos(run["videos"], run["iterations_with_videos"], out, embed))
     for key in ("versions", "config"):
         if run[key] is not None:
             text = html.escape(json.dumps(run[key], indent=2, ensure_ascii=False))
@@ -163,40 +187,22 @@ def _run_section(name: str, run: dict[str, Any], out: Path) -> str:
     return "".join(parts)
 
 
-def _videos(videos: list[Path], out: Path) -> str:
+def _videos(videos: list[Path], num_iterations: int, out: Path, embed: bool) -> str:
     """Return one row of players a prompt, in order of iteration; the players of a row run in step."""
-    folders = sorted({video.parent for video in videos})
-    shown = _spread(folders, MAX_VIDEO_ITERATIONS)
-    rows: dict[str, list[Path]] = {}
-    for video in videos:
-        if video.parent in shown:
-            rows.setdefault(video.name, []).append(video)
-    if not rows:
+    if not videos:
         return ""
-    told = _told(shown[-1])
-    hidden = len(folders) - len(shown)
-    left = f" ({hidden} of {len(folders)} iterations are left out)" if hidden else ""
+    hidden = num_iterations - len({video.parent for video in videos})
+    left = f" ({hidden} of {num_iterations} iterations are left out)" if hidden else ""
     parts = [f"<h3>Validation videos{left}</h3>"]
+    told = _json(videos[-1].with_name(LIST_FILE)) or {}
     if told.get("note"):
         parts.append(f"<p>{html.escape(told['note'])}</p>")
     prompts = {entry["file"]: entry["prompt"] for entry in told.get("videos", ())}
-    for name, row in sorted(rows.items()):
-        players = "".join(figure(video, out, video.parent.name.removeprefix("iter_").lstrip("0") or "0", "")
-                          for video in row)
+    for name in sorted({video.name for video in videos}):
+        players = "".join(figure(video, out, video.parent.name.removeprefix("iter_").lstrip("0") or "0", "",
+                                 embed=embed) for video in videos if video.name == name)
         parts.append(f"<h4>{html.escape(prompts.get(name, name))}</h4><div class=row>{players}</div>")
     return "".join(parts)
-
-
-def _told(folder: Path) -> dict[str, Any]:
-    """Return what the run wrote about the videos of one iteration; nothing where it wrote nothing."""
-    path = folder / "videos.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise DataError("is not JSON", where=str(path)) from None
-    return found if isinstance(found, dict) else {}
 
 
 def _spread(items: list[Path], limit: int) -> list[Path]:

@@ -6,6 +6,8 @@ score = 0.5 * subjective / 20 + 0.25 * PSNR / 50 + 0.25 * SSIM; subjective is th
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +44,9 @@ def read_ratings(path: Path) -> list[Rating]:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    rows = list(csv.DictReader(text.splitlines()))
+    except UnicodeDecodeError:
+        raise DataError("is not UTF-8 text", where=str(path)) from None
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     if not rows or set(_COLUMNS) - set(rows[0]):
         raise DataError(f"needs a header {','.join(_COLUMNS)} and at least one row", where=str(path))
     ratings = []
@@ -57,7 +61,20 @@ def read_ratings(path: Path) -> list[Rating]:
     return ratings
 
 
-def mean_subjective(ratings: list[Rating], model: str) -> float | None:
-    """Return the mean total (of 20) over all persons and clips of ``model``; None when nobody rated it."""
-    totals = [r.total for r in ratings if r.model == model]
-    return sum(totals) / len(totals) if totals else None
+def check_ratings(ratings: Sequence[Rating], clips: Mapping[str, Collection[str]]) -> None:
+    """Refuse ratings that would be ignored: of a model or clip that is not compared.
+
+    Args:
+        ratings: what people said.
+        clips: names of the clips of each model.
+    """
+    unknown = dict.fromkeys(f"{r.model}/{r.clip}" for r in ratings if r.clip not in clips.get(r.model, ()))
+    if unknown:
+        shown = ", ".join(list(unknown)[:10]) + (" ..." if len(unknown) > 10 else "")
+        raise DataError(f"ratings of clips that are not compared: {shown}",
+                        fix=f"the models are {', '.join(clips)}: name them with --model as the rating sheet does")
+
+
+def mean_subjective(ratings: Sequence[Rating]) -> float | None:
+    """Return the mean total (of 20) over all persons and clips; None when nobody rated any."""
+    return sum(r.total for r in ratings) / len(ratings) if ratings else None

@@ -157,9 +157,19 @@ def test_the_command_with_and_without_references(clip_folder: Path, videomae_fol
     assert (tmp_path / "against" / "comparison.html").read_text().count("<svg") == 4
 
 
+def test_prompts_that_no_clip_has_are_refused(tmp_path: Path) -> None:
+    _write_videos(tmp_path / "one", 1)
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("clip,prompt\nc,a fox\n")
+    with pytest.raises(DataError, match="prompts are of other clips: c"):
+        _run("--model", f"one={tmp_path / 'one'}", "--prompts", prompts)
+    prompts.write_text("clip,prompt\na\n")
+    with pytest.raises(DataError, match="row 2 has no clip or no prompt"):
+        _run("--model", f"one={tmp_path / 'one'}", "--prompts", prompts)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (("--model", "m=x", "--features", "dir"), "--features needs --reference"),
-    (("--model", "m=x", "--prompts", "p.json"), "--prompts without --clip"),
     ((), "nothing to measure"),
 ])
 def test_options_that_would_be_ignored_are_refused(words: tuple[str, ...], message: str) -> None:

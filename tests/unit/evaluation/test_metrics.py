@@ -39,16 +39,22 @@ def test_ms_ssim_and_psnr_agree_with_torchmetrics_over_the_batch() -> None:
                                                                  reduction="none", dim=(1, 2, 3))
     np.testing.assert_allclose(metrics.psnr(reference, video), psnr.numpy(), atol=1e-4)
     assert values.mean() == pytest.approx(float(measure(*tensors)), abs=1e-4)
-    assert metrics.ms_ssim(*_pair()) is None
+
+
+def test_ms_ssim_is_measured_from_the_first_size_that_it_can_be() -> None:
+    least = metrics.MS_SSIM_MIN_SIDE
+    small, large = (metrics.ms_ssim(*_pair(1, (side, least + 9))) for side in (least - 1, least))
+    assert small is None and large is not None and 0 < large[0] < 1
 
 
 def test_identical_frames_are_capped_and_seed_arithmetic_wraps() -> None:
     reference, video = _pair(noise=40)
     assert metrics.psnr(reference, reference).tolist() == [metrics.PSNR_CAP_DB] * 3
+    assert (metrics.identical_frames(reference, reference), metrics.identical_frames(reference, video)) == (3, 0)
     # A black frame against value 240: true MSE 57600, wrapped uint8 arithmetic sees (256-240)^2 = 256 mod 256 = 0.
     black, bright = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8, 3), 240, np.uint8)
     assert metrics.psnr(black, bright)[0] == pytest.approx(20 * np.log10(255 / 240), rel=1e-9)
-    assert metrics.psnr(black, bright, seed_compat=True)[0] > 40
+    assert metrics.psnr(black, bright, seed_compat=True)[0] > 40 and metrics.identical_frames(black, bright) == 0
     assert (metrics.psnr(reference, video, seed_compat=True) > metrics.psnr(reference, video)).all()
 
 
@@ -58,11 +64,18 @@ def test_flicker_and_motion_see_what_they_should() -> None:
     strobe = still.copy()
     strobe[1::2] = 180
     assert metrics.flicker(strobe) == pytest.approx(1 - 100 / 255)
-    rng = np.random.default_rng(1)
-    texture = np.kron(rng.integers(0, 256, (16, 32)), np.ones((4, 4))).astype(np.uint8)
-    slide = {step: np.stack([np.repeat(np.roll(texture, step * i, axis=1)[:48, :96, None], 3, axis=2)
-                             for i in range(5)]) for step in (1, 3)}
-    assert 0.5 < metrics.motion(slide[1]) < metrics.motion(slide[3])
+    assert metrics.flicker(still[:1]) == 1.0 and metrics.motion(still[:1]) == 0.0
+
+
+@pytest.mark.parametrize(("size", "step"), [((96, 128), 1), ((96, 128), 4), ((240, 320), 2), ((240, 320), 10)])
+def test_motion_is_the_length_of_a_known_shift(size: tuple[int, int], step: int) -> None:
+    from scipy.ndimage import gaussian_filter
+
+    height, width = size
+    scene = gaussian_filter(np.random.default_rng(1).uniform(0, 255, (height, width + 2 * step)), height / 80)
+    scene = (scene - scene.min()) / np.ptp(scene) * 255
+    slide = np.stack([scene[:, at * step : at * step + width] for at in range(3)])
+    assert metrics.motion(slide[..., None].repeat(3, axis=-1).astype(np.uint8)) == pytest.approx(step, rel=0.1)
 
 
 def test_frames_of_different_shape_are_refused() -> None:

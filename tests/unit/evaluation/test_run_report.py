@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -80,11 +81,28 @@ def test_long_curves_are_thinned_to_means() -> None:
     assert max(value for _, value in charts.smooth(points)[1000:]) < 0.51
 
 
+def test_a_run_named_from_inside_and_a_last_step_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                ) -> None:
+    run = _run_folder(tmp_path / "$run$", 1.0)
+    rows = (run / "metrics.jsonl").read_text().splitlines()[:5]
+    (run / "metrics.jsonl").write_text("\n".join([*rows, json.dumps({"iteration": 6, "loss": math.nan})]))
+    monkeypatch.chdir(run)
+    _report(".", run)
+    text = (run / "report.html").read_text()
+    assert text.count("<h2>$run$</h2>") == 1 and "6 iterations, last loss 0.2000" in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids)) > 7
+
+
 def test_damaged_and_missing_runs_are_named(tmp_path: Path) -> None:
     run = _run_folder(tmp_path / "run", 1.0)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0], "garbage", lines[1]]))
     with pytest.raises(DataError, match=r"metrics.jsonl:2"):
+        _report(run)
+    (run / "metrics.jsonl").write_text(lines[0])
+    (run / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config.json: is not JSON"):
         _report(run)
     with pytest.raises(DataError, match="holds no metrics.jsonl"):
         _report(tmp_path)
