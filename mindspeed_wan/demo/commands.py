@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mindspeed_wan.errors import ResourceError, WanError
+from mindspeed_wan.errors import ConfigError, ResourceError, WanError
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,25 @@ def make_folder(path: Path) -> Path:
         raise ResourceError(f"no folder can be made here: {error.strerror}", where=str(path),
                             fix="choose another --out") from None
     return path
+
+
+def claim_folder(folder: Path, file: str, settings: Mapping[str, int]) -> None:
+    """Remember in ``folder/file`` what everything there is made with; training there resumes, so it must not change.
+
+    Raises:
+        ConfigError: the folder holds the work of other settings.
+    """
+    path = make_folder(folder) / file
+    if not path.is_file():
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    if before != settings:
+        raise ConfigError(f"holds work done with {before} instead of {dict(settings)}", where=str(folder),
+                          fix="choose another --out, or remove this folder to begin again")
 
 
 def python(module: str) -> list[str]:
@@ -105,7 +126,7 @@ def _asked_to_stop() -> Iterator[None]:
 
 
 def _start(command: Command, repository: Path) -> subprocess.Popen[str]:
-    shown = " ".join([*(f"{k}={v}" for k, v in command.environment.items()), *command.words])
+    shown = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in command.environment.items()), shlex.join(command.words)])
     print(f"  $ {shown.replace(str(repository), '.')}", flush=True)
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1", **command.environment}
     return subprocess.Popen(command.words, env=environment, cwd=repository, text=True, errors="replace",

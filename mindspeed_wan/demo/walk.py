@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mindspeed_wan.demo.commands import Command, find_repository, make_folder, python, require, run_together
+from mindspeed_wan.demo.commands import (
+    Command,
+    claim_folder,
+    find_repository,
+    make_folder,
+    python,
+    require,
+    run_together,
+)
 from mindspeed_wan.demo.model_json import write_model_json
 from mindspeed_wan.errors import ConfigError, WanError
 
@@ -75,6 +84,7 @@ class Walk:
 def run_walk(out: Path, *, num_iterations: int, num_ranks: int, seed: int) -> Walk:
     """Run every stage in order; raises ``WanError`` at the first that does not do its work."""
     walk = Walk(out.resolve(), find_repository(), num_iterations, num_ranks, seed)
+    claim_folder(walk.out, "demo.json", {"iterations": num_iterations, "seed": seed})
     make_folder(walk.out / "logs")
     stages: list[tuple[str, Callable[[Walk], None]]] = [
         ("write a tiny Wan2.2 folder and captioned clips", write_inputs),
@@ -203,8 +213,7 @@ def describe(walk: Walk) -> str:
     for expert in EXPERTS:
         losses = _losses(walk, expert)
         lines.append(f"  {expert:>4} expert: loss {losses[0]:.4f} -> {losses[-1]:.4f} over {len(losses)} iterations")
-    lines.append(f"  asked for {PROMPT!r}, a detector sees so far: {_seen(walk)}")
-    lines.append("  `make world` goes on until what was asked for is what is seen")
+    lines += _seen(walk)
     places = {
         "tiny model": walk.model, "clips": walk.data, "converted experts": walk.converted,
         "training runs": walk.out / "runs", "trained Diffusers folder": walk.exported,
@@ -212,6 +221,7 @@ def describe(walk: Walk) -> str:
         "logs of every stage": walk.out / "logs",
     }
     lines += [f"  {name:<24} {path}" for name, path in places.items()]
+    lines.append(f"  {'a page about both runs':<24} mindspeed-wan report {shlex.quote(str(walk.out / 'runs'))}")
     lines.append(f"  {'time':<24} {sum(walk.seconds.values()):.0f} s")
     return "\n".join(lines)
 
@@ -219,13 +229,16 @@ def describe(walk: Walk) -> str:
 # ---- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _seen(walk: Walk) -> str:
+def _seen(walk: Walk) -> list[str]:
     """Return what the rule-based detector of the small world makes of the video."""
-    from mindspeed_wan.demo.world.detector import detect
+    from mindspeed_wan.demo.world.detector import Sighting, detect
     from mindspeed_wan.evaluation.frames import read_frames
 
     seen = detect(read_frames(walk.video)[0])
-    return f"colour {seen.colour}, shape {seen.shape}, motion {seen.motion}"
+    told = [f"  asked for {PROMPT!r}, a detector sees: colour {seen.colour}, shape {seen.shape}, motion {seen.motion}"]
+    if seen != Sighting("red", "circle", "left"):
+        told.append(f"  following a caption takes more than {walk.num_iterations} iterations: `mindspeed-wan world`")
+    return told
 
 
 def _losses(walk: Walk, expert: str) -> list[float]:

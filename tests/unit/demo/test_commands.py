@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_wan.demo.commands import Command, make_folder, run_together
-from mindspeed_wan.errors import ResourceError, WanError
+from mindspeed_wan.demo.commands import Command, claim_folder, make_folder, run_together
+from mindspeed_wan.errors import ConfigError, ResourceError, WanError
 
 
 def test_output_is_shown_and_kept_and_a_failure_keeps_its_exit_code(
@@ -24,6 +24,7 @@ def test_output_is_shown_and_kept_and_a_failure_keeps_its_exit_code(
     assert (tmp_path / "logs" / "good.log").read_text() == "hello\n"
     shown = capsys.readouterr().out
     assert "good: hello" in shown and "bad: no" in shown
+    assert "$ WORD=hello sh -c 'echo \"$WORD\"'" in shown  # as a shell takes it
 
 
 def test_a_stopped_demo_leaves_no_command_running(tmp_path: Path) -> None:
@@ -38,6 +39,13 @@ def test_a_stopped_demo_leaves_no_command_running(tmp_path: Path) -> None:
     process.terminate()
     # It exits only when the command's output has ended, so ten seconds say that the command was stopped, too.
     assert process.wait(timeout=10) == 143
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "out", "demo.json", {"iterations": 200, "seed": 0})
+    claim_folder(tmp_path / "out", "demo.json", {"iterations": 200, "seed": 0})
+    with pytest.raises(ConfigError, match="'seed': 0"):
+        claim_folder(tmp_path / "out", "demo.json", {"iterations": 200, "seed": 1})
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
