@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.platforms import rank
 
 if TYPE_CHECKING:
@@ -67,6 +68,18 @@ class Platform(ABC):
 
         ops.use("torch")
         ops.use_attention("auto")
+
+    def _use_chosen_kernels(self) -> None:
+        """Use PyTorch's own norms and rotations, or those that ``MINDSPEED_WAN_KERNELS`` names."""
+        from mindspeed_wan.platforms import ops
+        from mindspeed_wan.platforms.compiler import check_compiler
+
+        name = os.environ.get(ops.KERNELS_VARIABLE) or "torch"
+        if name not in ("torch", "inductor"):
+            raise ConfigError(f"{ops.KERNELS_VARIABLE}={name} is not known on {self.name}", fix="use torch or inductor")
+        if name == "inductor":
+            check_compiler(self, f"{ops.KERNELS_VARIABLE}=inductor")
+        ops.use(name)
 
     def megatron_schedule(self) -> AbstractContextManager[None]:
         """Return the context in which Megatron's pipeline schedules run here."""

@@ -47,9 +47,7 @@ class CpuPlatform(Platform):
     def _activate(self) -> None:
         import torch
 
-        from mindspeed_wan.platforms import ops
-
-        ops.use(os.environ.get(ops.KERNELS_VARIABLE) or "torch")
+        self._use_chosen_kernels()
         # Megatron allocates communication buffers on `torch.cuda.current_device()` (sequence parallel, gathers). This
         # is the only patch it needs to run on the CPU; it is installed here, not at import, and undone by deactivate.
         self._current_device = torch.cuda.current_device

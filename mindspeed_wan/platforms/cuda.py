@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,8 +46,6 @@ PEAKS = {
 }
 """From NVIDIA's data sheets, without sparsity; GeForce with fp32 accumulation. Longest matching name wins."""
 
-HOPPER = (9, 0)
-
 
 class CudaPlatform(Platform):
     """One process per GPU, chosen by ``LOCAL_RANK``."""
@@ -74,8 +71,6 @@ class CudaPlatform(Platform):
     def _activate(self) -> None:
         import torch
 
-        from mindspeed_wan.platforms import inductor, ops
-
         count, rank = torch.cuda.device_count(), self.local_rank()
         if rank >= count:
             raise ResourceError(
@@ -83,7 +78,7 @@ class CudaPlatform(Platform):
             )
         torch.cuda.set_device(rank)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        ops.use(os.environ.get(ops.KERNELS_VARIABLE) or ("inductor" if inductor.is_available() else "torch"))
+        self._use_chosen_kernels()
 
     def device_name(self) -> str:
         """Return the GPU's model name."""

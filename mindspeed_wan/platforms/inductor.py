@@ -2,14 +2,14 @@
 
 On CUDA each of adaLN, layer norm, RMS norm and "RMS norm, then rotation" of q or k becomes one or two Triton kernels,
 where PyTorch's own operators read and write the activations once per step of the formula; on a CPU it is a C++ loop.
-For blocks that are not compiled as a whole: inside ``--compile`` the reference formulas fuse with more.
+For blocks that are not compiled as a whole: inside ``--compile`` the reference formulas fuse with more. Used where
+``MINDSPEED_WAN_KERNELS=inductor`` asks for it: as long as no GPU has run these kernels, none gets them unasked.
 
 A function is compiled at its first use, and once more when the number of tokens changes for the first time.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,14 +18,6 @@ import torch
 from torch import Tensor
 
 from mindspeed_wan.platforms import reference
-
-TRITON_CAPABILITY = (7, 0)
-"""The oldest GPU generation Triton makes kernels for."""
-
-
-def is_available() -> bool:
-    """Return whether torch.compile can make kernels for this process's GPU."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= TRITON_CAPABILITY
 
 
 @cache

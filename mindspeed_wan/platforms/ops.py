@@ -1,8 +1,8 @@
 """The five tensor operations that hardware wants to do its own way, behind one set of functions.
 
 The model calls ``attention``, ``rms_norm``, ``rotary``, ``layer_norm`` and ``modulated_layer_norm`` (the ring also
-``attention_with_lse`` and its backward). Each call goes to the ``Kernels`` set in use: ``torch`` (PyTorch's own; CPU),
-``inductor`` (kernels that torch.compile makes; CUDA with Triton) or ``npu`` (fused kernels, ``platforms/npu.py``).
+``attention_with_lse`` and its backward). Each call goes to the ``Kernels`` set in use: ``torch`` (PyTorch's own; CPU
+and CUDA), ``inductor`` (kernels that torch.compile makes) or ``npu`` (fused kernels, ``platforms/npu.py``).
 ``Platform.activate`` chooses the set (``MINDSPEED_WAN_KERNELS`` overrides it on CPU and CUDA), ``use`` another one.
 
 Layout everywhere: sequence first, ``[L, B, N, D]`` (tokens, batch, heads, channels of a head). Every result has the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mindspeed_wan.errors import ConfigError, ResourceError
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.rope import rotary_tables
 from mindspeed_wan.parallel.recompute import RecomputePlan, apply_recompute
@@ -112,7 +114,18 @@ def test_a_model_on_these_kernels(plan: RecomputePlan | None, compiles: Any) -> 
 def test_the_variable_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     reset_platform()
     monkeypatch.setenv(ops.KERNELS_VARIABLE, "inductor")
+    monkeypatch.setenv("CXX", sys.executable)  # any program: nothing is compiled here
     get_platform("cpu").activate()
     assert ops.kernels_in_use() == "inductor"
     reset_platform()
     assert ops.kernels_in_use() == "torch"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ResourceError, match=r"MINDSPEED_WAN_KERNELS=inductor needs a C\+\+ compiler"):
+        get_platform("cpu").activate()
+    monkeypatch.setenv(ops.KERNELS_VARIABLE, "npu")
+    with pytest.raises(ConfigError, match="MINDSPEED_WAN_KERNELS=npu is not known on cpu"):
+        get_platform("cpu").activate()
+    monkeypatch.delenv(ops.KERNELS_VARIABLE)
+    get_platform("cpu").activate()
+    assert ops.kernels_in_use() == "torch"
+    reset_platform()
