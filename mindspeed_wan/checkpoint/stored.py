@@ -132,13 +132,20 @@ class TensorFiles:
         return values.float().mul_(scales.view(-1, *[1] * (values.ndim - 1)) if values.ndim else scales[0, 0])
 
     def read_scales(self, name: str, rows: slice) -> Tensor:
-        """Return the fp32 scales ``[n, 1]`` of an fp8 tensor's rows; 1 where the file has none."""
+        """Return the fp32 scales ``[n, 1]`` of an fp8 tensor's rows; 1 where the file has none.
+
+        Raises:
+            CheckpointError: a scale that is not finite.
+        """
         import torch
 
         scale, count = self.tensors[name].scale, rows.stop - rows.start
         if scale is None:
             return torch.ones(count, 1)
         values = self._assemble(scale, None, f"the scale of {name!r}").float().reshape(-1, 1)
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"the scale of {name!r} is NaN or infinite", where=str(self.where),
+                                  fix="the file is damaged; download it again")
         return values.expand(count, 1).contiguous() if values.shape[0] == 1 else values[rows]
 
     def read_raw(self, name: str, box: Box | None = None) -> Tensor:

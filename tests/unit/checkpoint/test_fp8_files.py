@@ -111,6 +111,15 @@ def test_scales_per_block_of_a_weight_are_refused(tmp_path):
         open_weights(write(tmp_path, tensors), CONFIG)
 
 
+@pytest.mark.parametrize("kind", ["comfy", "lightx2v"])
+def test_a_scale_that_is_no_number_is_damage(tmp_path, kind):
+    tensors = published(kind)
+    scale = "scale_weight" if kind == "comfy" else "weight_scale"
+    tensors[f"blocks.0.self_attn.q.{scale}"] = tensors[f"blocks.0.self_attn.q.{scale}"] * float("nan")
+    with open_weights(write(tmp_path, tensors), CONFIG) as files, pytest.raises(CheckpointError, match="NaN"):
+        files.read(MM_Q)
+
+
 def test_other_8_bit_weights_are_refused(tmp_path):
     tensors = published("kijai")
     tensors[Q] = torch.zeros(48, 48, dtype=torch.int8)
