@@ -202,6 +202,7 @@ class _Trial:
                 options = with_folder_defaults(_parsed(candidate, self.words, self.args.out / TABLE), folder)
                 options.check(num_heads=folder.config.num_heads)
                 self.generator.guidance_plan(options)
+                self.generator.step_cache(options)
             except ConfigError as error:
                 self._leave_out(candidate, error)
             else:

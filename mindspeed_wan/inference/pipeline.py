@@ -212,11 +212,19 @@ class WanGenerator:
         """Return what follows or measures the steps; one recorder for all videos of a calibration."""
         if options.cache.calibrate is not None and self._recorder is not None and self._recorder.schedule == schedule:
             return self._recorder
-        assert options.task is not None and options.shift is not None
-        cache = options.cache.build(options.task, schedule, shift=options.shift, boundary=options.boundary,
-                                    grid=options.grid, solver=options.solver)
+        cache = self.step_cache(options)
         self._recorder = cache if isinstance(cache, Recorder) else None
         return cache
+
+    def step_cache(self, options: GenerateOptions) -> StepCache | Recorder | None:
+        """Return what the options say about step caches, fresh.
+
+        Raises:
+            ConfigError: a table of another schedule, or without what the method needs.
+        """
+        assert options.task is not None and options.shift is not None
+        return options.cache.build(options.task, self.schedule(options), shift=options.shift,
+                                   boundary=options.boundary, grid=options.grid, solver=options.solver)
 
     def _report_cache(self, cache: StepCache | Recorder | None, options: GenerateOptions) -> None:
         """Say what a step cache did; write the table that a calibration measured. Collective over the replica."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindspeed_wan.cli import accelerate
 from mindspeed_wan.cli.accelerate import parse_candidate, suite
 from mindspeed_wan.cli.main import dispatch
 from mindspeed_wan.errors import ConfigError
@@ -55,6 +56,16 @@ def test_the_suite_on_a_small_model(tmp_path: Path) -> None:
     assert names == {candidate.name for candidate in suite(10)}
     assert "skip 0.25" in record["left_out"]  # the low expert is not guided here: nothing is left to skip
     assert _results(tmp_path)["taylorseer 3"]["evaluations_saved"] > 0.1
+
+
+def test_a_suite_on_few_steps_leaves_out_what_they_cannot_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                  ) -> None:
+    few = [candidate for candidate in suite(4) if candidate.name in ("teacache 0.1", "gate")]
+    monkeypatch.setattr(accelerate, "suite", lambda steps: few)
+    assert _accelerate(tmp_path, words=("--sample_steps", "4")) == 0
+    record = json.loads((tmp_path / "acceleration.json").read_text())
+    assert "polynomials of 0 experts" in record["left_out"]["teacache 0.1"]
+    assert [result["name"] for result in record["candidates"]] == ["gate"]
 
 
 @pytest.mark.parametrize(("words", "message"), [

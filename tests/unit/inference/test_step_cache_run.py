@@ -149,6 +149,20 @@ def test_calibration_by_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         words_of = ["--step_cache", method, "--cache_table", str(table), "--cache_threshold", "9"]
         assert main([*words, *words_of, "--save_path", str(tmp_path / method)]) == 0
         assert f"{method}: 0 of" not in capsys.readouterr().out
+    # A finished video is measured all the same, and what too few steps cannot give is said before they run.
+    few = [*words, "--sample_steps", "4", "--save_path", str(tmp_path / "few")]
+    assert main(few) == 0 and main([*few, "--calibrate_cache", str(table)]) == 0
+    assert "too few for TeaCache's polynomials (3 of each expert are needed)" in capsys.readouterr().out
+    assert read_table(table).num_steps == 4 and not read_table(table).polynomials
+
+
+def test_a_measured_again_table_is_another_video(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    settings = []
+    for text in ("{}", "{ }", "{}"):
+        table.write_text(text)
+        settings.append(CacheOptions(method="magcache", table=table).settings())
+    assert settings[0] == settings[2] != settings[1]
 
 
 def test_flags_reach_the_cache(tmp_path: Path) -> None:
