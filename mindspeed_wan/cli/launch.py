@@ -9,6 +9,7 @@ a fresh port; a rank that fell silent is named. It imports no torch, so it start
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -24,11 +25,14 @@ from mindspeed_wan.cli.nodes import Follower, Leader, SingleNode
 from mindspeed_wan.cli.output import Output
 from mindspeed_wan.cli.preflight import check as check_job
 from mindspeed_wan.cli.ranks import Job, LocalRanks, Outcome
-from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_OK, ConfigError, WanError, run_main
+from mindspeed_wan.cli.variables import misspelt
+from mindspeed_wan.errors import EXIT_DISTRIBUTED, EXIT_OK, ConfigError, ResourceError, WanError, run_main
 from mindspeed_wan.platforms.cann import keep_torch_importable
 
 POLL_SECONDS = 0.05
 RESTART_SECONDS = 1.0
+RANK_BYTES = 100 << 20
+"""What a rank takes at the very least: torch and its libraries, no model."""
 DEFAULT_PORT = 29500
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_USE_AGENT_STORE")
 
@@ -90,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
         (("--log-file",), Path, None, "also write all output here"),
     ):  # fmt: skip
         result.add_argument(*names, type=kind, default=default, help=text)
+    result.add_argument("--script-variables", action="store_true",
+                        help="note variables that look like a misspelt one of the launch scripts")
     result.add_argument("script", help="the Python script each rank runs")
     result.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return result
@@ -99,7 +105,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot be meant.
 
     Raises:
-        ConfigError: a count below one, a node number outside the job, a script that is not there.
+        ConfigError: a count below one, a node number outside the job, a time or port that is none, no such script.
+        ResourceError: more ranks than this node has memory for.
     """
     for name, value, least in (
         ("--nproc-per-node", args.nproc_per_node, 1),
@@ -114,6 +121,19 @@ def check(args: argparse.Namespace) -> None:
             where="--node-rank",
             fix=f"number the nodes 0 to {args.nnodes - 1}",
         )
+    for name, seconds in (
+        ("--grace-seconds", args.grace_seconds),
+        ("--hang-timeout-minutes", args.hang_timeout_minutes),
+        ("--join-timeout-minutes", args.join_timeout_minutes),
+    ):
+        if not 0 <= seconds < math.inf:
+            raise ConfigError(f"{seconds} is no length of time", where=name, fix="give a number from 0 up")
+    if args.master_port is not None and not 0 < args.master_port < 1 << 16:
+        raise ConfigError(f"{args.master_port} is no port", where="--master-port", fix="choose one from 1 to 65535")
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // RANK_BYTES
+    if args.nproc_per_node > most:
+        raise ResourceError(f"{args.nproc_per_node} ranks do not fit the memory of this node, which holds {most} "
+                            "interpreters with torch", where="--nproc-per-node", fix="start one rank per device")
     if not Path(args.script).is_file():
         raise ConfigError("the script does not exist", where=args.script)
 
@@ -232,6 +252,9 @@ def launch(argv: Sequence[str]) -> int:
     check(args)
     for name in RANK_VARIABLES:  # a cluster's own RANK means something else; ranks get theirs below
         os.environ.pop(name, None)
+    if args.script_variables and args.node_rank == 0:
+        for note in misspelt(os.environ):
+            print(note, file=sys.stderr)
     arguments = preflight(args)
     keep_torch_importable()
     job = Job(

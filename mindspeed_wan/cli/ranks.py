@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mindspeed_wan.cli.output import Output
@@ -104,7 +105,7 @@ class Rank:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_launcher if sys.platform == "linux" else None,  # noqa: PLW1509 (no threads here)
+            preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,  # noqa: PLW1509 (no threads)
         )
 
     @property
@@ -299,7 +300,9 @@ def _exit_code(code: int) -> int:
     return 128 - code if -code in (signal.SIGINT, signal.SIGTERM) else EXIT_DISTRIBUTED
 
 
-def _die_with_launcher() -> None:
+def _die_with(launcher: int) -> None:
     """In the child before exec: ask Linux to kill this process when the launcher dies, however it dies."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the request was made
+        os._exit(EXIT_DISTRIBUTED)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mindspeed_wan.config.base import Density, Expert, Section, Task, Weighting
-from mindspeed_wan.config.sections_model import ConditioningSection
+from mindspeed_wan.config.sections_model import ConditioningSection, PatchSide
 
 DTypeName = Literal["fp32", "float32", "bf16", "bfloat16"]
 ModelType = Literal["t2v", "i2v", "flf2v", "wan2.2-t2v", "wan2.2-i2v"]
@@ -63,7 +63,7 @@ class PredictorFile(Section):
     """Compute type when no flag and no FSDP2 file says otherwise."""
     model_type: ModelType | None = None
     """t2v or i2v, with or without wan2.2-; plain i2v and flf2v are Wan2.1 and read CLIP tokens."""
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[PatchSide, PatchSide, PatchSide] = (1, 2, 2)
     """Latent voxels per token."""
     text_len: int = Field(default=512, ge=1)
     """Text tokens."""
@@ -223,12 +223,41 @@ class ModelFile(Section):
     """No effect: MindSpeed-MM's monkey patches."""
 
 
+class TransformParamFile(Section):
+    """Parameters of the steps of train_pipeline."""
+
+    transform_size: Literal["auto"] | dict[str, int] | list[int] = "auto"
+    """auto, or max_height and max_width once more."""
+    size: Literal["auto"] | dict[str, int] | list[int] = "auto"
+    """Another name of it."""
+    interpolation_mode: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the resize."""
+    mode: Literal["resize", "longside", "shortside", "hxw"] | None = None
+    """No effect: force_resolution says whether clips are cut to one size."""
+    skip_low_resolution: Literal[False] = False
+    """Leave small clips as they are."""
+    align_corners: Literal[False] = False
+    """Corners of the resize."""
+    antialias: Literal[False] = False
+    """Filter before shrinking."""
+    use_short_edge: Literal[False] = False
+    """Cut a square first."""
+    top_crop: Literal[False] = False
+    """Cut from the top."""
+    mean: float | list[float] = 0.5
+    """0.5: frames in [-1, 1]."""
+    std: float | list[float] = 0.5
+    """0.5: frames in [-1, 1]."""
+    inplace: bool = False
+    """No effect."""
+
+
 class TransformFile(Section):
     """One step of train_pipeline."""
 
     trans_type: Literal["ResizeVideo", "ToTensorVideo", "norm_fun", "CenterCropResizeVideo", "RandomCropVideo"]
     """Which step."""
-    param: dict[str, Any] = Field(default_factory=dict)
+    param: TransformParamFile = TransformParamFile()
     """Its parameters."""
 
 
@@ -403,6 +432,9 @@ WHY: dict[str, str] = {
     "predictor.clip_token_len": "CLIP ViT-H/14 gives 257 tokens",
     "ae.norm_latents": "the model expects normalised latents",
     "ae.norm_mode": "the model expects latents normalised per channel",
+    **{f"dataset_param.preprocess_parameters.train_pipeline.video.param.{name}":
+       "clips are resized to cover the size, then cut from the middle (RandomCropVideo: anywhere)"
+       for name in ("skip_low_resolution", "align_corners", "antialias", "use_short_edge", "top_crop")},
     "dataset_param.preprocess_parameters.truncate_t_by_sp": "tokens are padded instead, no frame is lost",
     "dataloader_param.initial_global_step_for_sampler": "the position follows from the loaded checkpoint",
 }

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from mindspeed_wan.config.base import Density, DType, Expert, Section, Task, Weighting
 
+PatchSide = Annotated[int, Field(ge=1)]
+
 
 class WanSection(Section):
     """Architecture of one expert; the same fields as ``models.wan.config.WanConfig``."""
@@ -24,7 +26,7 @@ class WanSection(Section):
     """Latent plus conditioning channels: 16 for T2V, 36 for I2V (16 noisy + 4 mask + 16 first-frame latent)."""
     out_channels: int = Field(default=16, ge=1)
     """Latent channels of the predicted velocity."""
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[PatchSide, PatchSide, PatchSide] = (1, 2, 2)
     """Latent voxels per token: frames, height, width."""
     text_dim: int = Field(default=4096, ge=1)
     """Channels of the text encoder's states."""

@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from mindspeed_wan.config.base import ContextParallelAlgo, Device, DType, LrDecayStyle, Section, WsdDecayStyle
+from mindspeed_wan.config.base import (
+    Attention,
+    ContextParallelAlgo,
+    Device,
+    DType,
+    LrDecayStyle,
+    Section,
+    WsdDecayStyle,
+)
 
 
 class ParallelSection(Section):
@@ -22,15 +30,15 @@ class ParallelSection(Section):
     """How attention spans the context group: Ulysses (all-to-all over heads), ring, or both."""
     ulysses_degree_in_cp: int | None = Field(default=None, ge=1)
     """Ranks of the Ulysses part when the algorithm is hybrid; the ring part is context / this."""
-    ulysses_chunks: int | None = Field(default=None, ge=1)
-    """Groups of heads whose exchange overlaps the attention of other groups; None: 2 on accelerators, 1 on a CPU."""
+    ulysses_chunks: int = Field(default=1, ge=1)
+    """Groups of heads whose exchange overlaps the attention of other groups; 1 is no overlap."""
     pipeline: int = Field(default=1, ge=1)
     """Pipeline parallel degree: stages that each hold a part of the blocks."""
     virtual_pipeline: int | None = Field(default=None, ge=1)
     """Chunks of blocks per pipeline stage, run interleaved; None is one."""
     use_torch_fsdp2: bool = False
     """Shard parameters, gradients and optimizer state with torch's fully_shard, as the fsdp2 section says."""
-    distributed_timeout_minutes: float = Field(default=10.0, gt=0)
+    distributed_timeout_minutes: float = Field(default=10.0, gt=0, le=1e6)
     """Minutes a collective may wait for another rank before the job fails."""
 
     @property
@@ -134,6 +142,8 @@ class TrainingSection(Section):
     """Activation recomputation when FSDP2's recompute_modules does not ask for it."""
     compile_blocks: bool = False
     """Compile the transformer blocks with torch.compile."""
+    attention: Attention = "auto"
+    """Attention kernel; auto is PyTorch's choice on CUDA and CPU, the fused kernel on an NPU."""
     eval_interval: int | None = Field(default=None, ge=1)
     """Iterations between evaluations of the validation loss; None never evaluates."""
     eval_iters: int = Field(default=10, ge=0)

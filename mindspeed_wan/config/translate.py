@@ -268,18 +268,13 @@ def _pipeline(frames: PreprocessFile, document: Document, root: KeyPath, report:
             result["crop"] = "random"
         elif step.trans_type == "norm_fun":
             for name in ("mean", "std"):
-                value = step.param.get(name, 0.5)
+                value = getattr(step.param, name)
                 if any(part != 0.5 for part in (value if isinstance(value, list) else [value])):
                     report.fail(f"norm_fun {name} {value} is not 0.5", document, (*keys, "param", name),
                                 "the VAE expects frames in [-1, 1]: mean 0.5, std 0.5")  # fmt: skip
         elif step.trans_type == "ResizeVideo":
-            filter_name = step.param.get("interpolation_mode", "bilinear")
-            if filter_name not in ("bilinear", "bicubic"):
-                report.fail(f"interpolation_mode {filter_name!r} is not known", document, (*keys, "param"),
-                            "use bilinear or bicubic")  # fmt: skip
-            else:
-                result["interpolation"] = filter_name
-        size = step.param.get("transform_size", step.param.get("size", "auto"))
+            result["interpolation"] = step.param.interpolation_mode
+        size = step.param.size if step.param.transform_size == "auto" else step.param.transform_size
         if size != "auto" and not _same_size(size, frames):
             report.fail(f"transform_size {size} differs from max_height x max_width "
                         f"({frames.max_height} x {frames.max_width})", document, (*keys, "param"),

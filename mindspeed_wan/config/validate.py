@@ -58,7 +58,8 @@ def _explain(
         else:
             wanted = " or ".join(dict.fromkeys(wanted_text(item) for item in items))
             message = f"{dotted(place)} = {_show(_input(document.value, place))}: {wanted}"
-            yield ConfigError(message, where=document.where(place), fix=why.get(dotted(place)))
+            names = tuple(part for part in place if isinstance(part, str))  # a reason holds for every item of a list
+            yield ConfigError(message, where=document.where(place), fix=why.get(dotted(names)))
 
 
 def _place(item: Any, document: Document) -> KeyPath:

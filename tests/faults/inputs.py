@@ -26,8 +26,6 @@ from mindspeed_wan.checkpoint.safe_load import (
 from mindspeed_wan.checkpoint.torch_file import Opaque
 from mindspeed_wan.config.flag_table_inert import ALL_FLAGS
 from mindspeed_wan.config.flags import parse, read_words
-from mindspeed_wan.config.mm_files import DataFile, ModelFile
-from mindspeed_wan.config.validate import dotted, key_paths
 from mindspeed_wan.data import manifest as annotations
 from mindspeed_wan.data.loader import Schedule, micro_batch_keys
 from mindspeed_wan.data.sampler import GlobalBatchSampler
@@ -41,7 +39,7 @@ from tests.faults.harness import Tally, Victim, wait_until
 from tests.faults.saves import file_size_limit
 from tests.helpers.odd_media import damaged_files, damaged_images, number_of, odd_files
 from tests.launches import test_bad_input as training_input
-from tests.unit.config.test_typos import _misspell_key, _paths, misspell
+from tests.unit.config.test_typos import is_named, misspell, typo_in_file
 from tests.unit.config.world import World as ConfigWorld
 from tests.unit.data.test_manifest import CLIPS, DAMAGED
 
@@ -255,15 +253,12 @@ def mutations(tally: Tally, count: int, folder: Path) -> None:
 
 
 def _typo_in_file(folder: Path, number: int) -> bool:
-    """Misspell one key of a run's files; returns whether the message names the right one."""
-    rng, world = random.Random(number), ConfigWorld(folder / str(number))
-    file = rng.choice([world.model, world.data])
-    known = {dotted(p) for kind in (ModelFile, DataFile) for p in key_paths(kind)}
-    path = rng.choice([p for p in _paths(file) if dotted(p) in known and len(p[-1]) > 3])
-    wrong = _misspell_key(file, path, rng)
+    """Misspell one key of a run's three files; returns whether the message names the right one."""
+    world = ConfigWorld(folder / str(number))
+    path, wrong = typo_in_file(world, random.Random(number))
     message = str(refusal(lambda: parse(world.argv(), {"WORLD_SIZE": "8"}), 2))
     assert wrong in message, f"{wrong}: {message}"
-    return f"'{path[-1]}'" in message or f"'{dotted(path)}'" in message
+    return is_named(path, message)
 
 
 def _typo_in_flag(number: int) -> bool:

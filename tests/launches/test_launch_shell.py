@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_wan.cli.variables import VARIABLES
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "wan2.2"
 HIGH, LOW = (EXAMPLES / "A14B" / "t2v" / f"pretrain_{expert}.sh" for expert in ("high", "low"))
@@ -29,6 +31,9 @@ SETTABLE = (  # names the machine running the tests might have set
     *("TP", "PP", "VP", "CP", "SP", "MBS", "GRAD_ACC_STEP", "GBS", "MM_DATA", "MM_MODEL", "MM_TOOL", "FSDP_CONFIG"),
     *("LOAD_PATH", "SAVE_PATH", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"),
 )
+
+OF_OTHERS = {"CONDA_PREFIX", "VIRTUAL_ENV", "MINDSPEED_WAN_DEVICE"}
+"""Variables that the scripts read and other programs set."""
 
 
 @pytest.fixture
@@ -167,6 +172,28 @@ def test_parts_can_be_left_out(place):
 )
 def test_the_global_batch_follows_from_the_layout(place, variables, batch):
     assert arguments(place, **variables)[0]["--global-batch-size"] == batch
+
+
+def test_leading_zeros_do_not_make_a_number_octal(place):
+    values, environment = arguments(place, NPROC_PER_NODE="02", TP="01", MBS="08", GRAD_ACC_STEP="09")
+    assert (environment["WORLD_SIZE"], values["--global-batch-size"]) == ("2", "144")
+
+
+def test_a_misspelt_variable_is_noted(place):
+    result = launch(place, GRAD_ACC_STEPS="4", GPUS_PER_NODE="8", TPS="2", SLURM_JOB_NUM_NODES="1")
+    assert result.returncode == 0
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: GPUS_PER_NODE is set, but nothing reads it; did you mean NPUS_PER_NODE?",
+                     "note: GRAD_ACC_STEPS is set, but nothing reads it; did you mean GRAD_ACC_STEP?"]
+
+
+def test_the_known_variables_are_those_the_scripts_read():
+    scripts = [path for path in (ROOT / "examples").rglob("*.sh") if path.name not in ("cluster.sh", "entry.sh")
+               and not path.name.startswith("env_")]
+    text = "\n".join(path.read_text() for path in scripts)
+    assert [name for name in VARIABLES if not re.search(rf"\b{name}\b", text)] == []
+    with_default = set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?-", text))
+    assert with_default - set(VARIABLES) == OF_OTHERS
 
 
 def test_a_layout_that_does_not_divide_the_ranks_is_left_to_the_program(place):

@@ -35,10 +35,11 @@ has_flag() { # has_flag --name "$@"
     return 1
 }
 
-whole_number() { # whole_number VARIABLE LEAST
+whole_number() { # whole_number VARIABLE LEAST: leading zeros, which bash takes for octal, are dropped
     local value=${!1}
-    [[ $value =~ ^[0-9]+$ && $((10#$value)) -ge $2 ]] ||
+    [[ $value =~ ^0*([0-9]{1,9})$ && $((10#$value)) -ge $2 ]] ||
         fail 2 "$1 is '$value', which is not a whole number from $2 up" "set $1 to a number"
+    printf -v "$1" '%d' "$((10#$value))"
 }
 
 filled_in() { # filled_in VARIABLE: a path left as a template had it is an error
@@ -108,7 +109,7 @@ LAUNCHER=(
     --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK"
     --master-addr "$MASTER_ADDR" ${MASTER_PORT:+--master-port "$MASTER_PORT"}
     --max-restarts "$MAX_RESTARTS" --grace-seconds "${GRACE_SECONDS:-600}"
-    --hang-timeout-minutes "${HANG_TIMEOUT_MINUTES:-60}"
+    --hang-timeout-minutes "${HANG_TIMEOUT_MINUTES:-60}" --script-variables
 )
 if [[ -n ${LOG_FOLDER:-}${SAVE_PATH:-} ]] && ! has_flag --dry-run "$@" && ! has_flag --help "$@"; then
     LAUNCHER+=(--log-file "${LOG_FOLDER:-$SAVE_PATH/logs}/${KIND}_$(date +%Y%m%d_%H%M%S)_node$NODE_RANK.log")

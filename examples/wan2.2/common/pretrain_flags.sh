@@ -54,7 +54,7 @@ RANKS=$WORLD_SIZE
 if [[ -n ${EXPERT_RANKS:-} ]]; then
     FLAGS+=(--expert-ranks "$EXPERT_RANKS")
     if [[ $EXPERT_RANKS == even ]]; then RANKS=$((WORLD_SIZE / 2)); else RANKS=${EXPERT_RANKS%%,*}; fi
-    [[ $RANKS =~ ^[0-9]+$ ]] || RANKS=0
+    if [[ $RANKS =~ ^[0-9]{1,9}$ ]]; then RANKS=$((10#$RANKS)); else RANKS=0; fi
 fi
 # A global batch is what the ranks take together; a layout that does not divide the ranks is explained by the program.
 DP=$((RANKS / (TP * PP * CP)))

@@ -383,11 +383,20 @@ def test_a_port_in_use_is_named(script):
         (["--nproc-per-node", "0"], "--nproc-per-node: 0 is below 1"),
         (["--nnodes", "2", "--node-rank", "2"], "number the nodes 0 to 1"),
         (["--max-restarts", "-1"], "--max-restarts"),
+        (["--grace-seconds", "nan"], "--grace-seconds: nan is no length of time"),
+        (["--hang-timeout-minutes", "-1"], "--hang-timeout-minutes"),
+        (["--join-timeout-minutes", "inf"], "--join-timeout-minutes"),
+        (["--master-port", "70000"], "--master-port: 70000 is no port"),
     ],
 )
 def test_options_that_cannot_be_meant(script, options, message):
     with pytest.raises(ConfigError, match=message):
         launch.launch([*options, str(script("pass"))])
+
+
+def test_more_ranks_than_the_node_has_memory_for_are_not_started(script):
+    with pytest.raises(ResourceError, match="10000000 ranks do not fit the memory of this node"):
+        launch.launch(["--nproc-per-node", "10000000", str(script("pass"))])
 
 
 def test_a_missing_script_and_an_unwritable_log(tmp_path):

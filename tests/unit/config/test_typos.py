@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,21 +34,38 @@ def misspell(word: str, rng: random.Random) -> str:
     return next((slip for slip in rng.sample(slips, 4) if slip != word), word + "s")
 
 
-def _misspell_key(block: dict, path: tuple, rng: random.Random) -> str:
-    """Rename the last key of ``path`` in place and return the wrong name."""
+def typo_in_file(world: World, rng: random.Random) -> tuple[tuple[str | int, ...], str]:
+    """Misspell one key of one of a run's three files; returns its path and the wrong name."""
+    fsdp2 = yaml.safe_load(world.fsdp2)
+    file, kind = rng.choice([(world.model, ModelFile), (world.data, DataFile), (fsdp2, Fsdp2File)])
+    known = {dotted(path) for path in key_paths(kind)}
+    path = rng.choice([p for p in _paths(file) if _names(p) in known and len(p[-1]) > 3])
+    block = file
     for key in path[:-1]:
         block = block[key]
     wrong = misspell(path[-1], rng)
     block[wrong] = block.pop(path[-1])
-    return wrong
+    world.fsdp2 = yaml.safe_dump(fsdp2)
+    return path, wrong
 
 
-def _paths(value: dict, prefix: tuple = ()) -> list[tuple]:
-    """Return the path of every key spelled out in a nested dict, free-form blocks aside."""
-    found = []
-    for key, item in value.items():
-        found.append((*prefix, key))
-        if isinstance(item, dict) and key != "patch":
+def is_named(path: tuple[str | int, ...], message: str) -> bool:
+    """Tell whether a message shows the right name of the key at ``path``."""
+    return f"'{path[-1]}'" in message or f"'{dotted(path)}'" in message or f"'{_names(path)}'" in message
+
+
+def _names(path: tuple[str | int, ...]) -> str:
+    """Return a dotted path without the places in lists."""
+    return dotted(tuple(key for key in path if isinstance(key, str)))
+
+
+def _paths(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every key spelled out in a file, free-form blocks aside."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found: list[tuple[Any, ...]] = []
+    for key, item in items:
+        found += [(*prefix, key)] if isinstance(value, dict) else []
+        if key != "patch":
             found += _paths(item, (*prefix, key))
     return found
 
@@ -56,15 +75,12 @@ def test_two_hundred_typos_in_files(tmp_path: Path):
     named = 0
     for number in range(COUNT):
         world = World(tmp_path / str(number))
-        file = rng.choice([world.model, world.data])
-        known = {dotted(p) for kind in (ModelFile, DataFile) for p in key_paths(kind)}
-        path = rng.choice([p for p in _paths(file) if dotted(p) in known and len(p[-1]) > 3])
-        wrong = _misspell_key(file, path, rng)
+        path, wrong = typo_in_file(world, rng)
         try:
             parse(world.argv(), {"WORLD_SIZE": "8"})
         except ConfigError as error:
             assert wrong in str(error)
-            named += f"'{path[-1]}'" in str(error) or f"'{dotted(path)}'" in str(error)
+            named += is_named(path, str(error))
         else:
             raise AssertionError(f"{dotted(path)} spelled {wrong} was accepted")
     assert named >= 0.95 * COUNT
