@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mindspeed_wan.data.bad_samples import BadSampleLog
+    from mindspeed_wan.data.feature_build import BuildReport
 
 HELP = "encode clips and captions once, for training from cached features"
 
@@ -39,6 +43,8 @@ def _build(args: argparse.Namespace) -> int:
     from mindspeed_wan.config.load import load_files
     from mindspeed_wan.errors import ConfigError
 
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise ConfigError(f"--max-bad-fraction is {args.max_bad_fraction}; it must lie between 0 and 1")
     for name in ("variants", "shard_samples"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
@@ -46,16 +52,17 @@ def _build(args: argparse.Namespace) -> int:
     if config.data.kind != "video":
         raise ConfigError("this data file already names features", where=str(args.mm_data),
                           fix="give the one with dataset_type t2v, which names the clips")
-    report = _encode(args, config)
+    report, log = _encode(args, config)
     print(f"encoded {report.samples} clips in {report.shards} shards, kept {report.kept} "
           f"({report.seconds:.1f} s)", flush=True)
     if not report.is_complete:
         print("others are still working on the rest; run the same command again to see it through")
         return 0
-    return _summary(args)
+    return _summary(args, log)
 
 
-def _encode(args: argparse.Namespace, config: Any) -> Any:
+def _encode(args: argparse.Namespace, config: Any) -> tuple[BuildReport, BadSampleLog]:
+    """Do this process's share; returns what it did, and the clips that could not be read at the start."""
     from tqdm import tqdm
 
     from mindspeed_wan.data.build import encoder_choice, open_clips
@@ -65,8 +72,9 @@ def _encode(args: argparse.Namespace, config: Any) -> Any:
 
     platform = get_platform(args.device).activate()
     clips = open_clips(config.data, seed=args.seed, decoder_threads=0)
-    clips.bad_sample_log(None, args.max_bad_fraction)
-    print("\n".join(clips.describe(1)), flush=True)
+    log = clips.bad_sample_log(None, args.max_bad_fraction)
+    print("\n".join([*clips.describe(1), *(f"  bad: {record.where}: {reason}" for record, reason in clips.unreadable)]),
+          flush=True)
     choice = encoder_choice(config)
     assert choice is not None  # encoder_choice raises when an encoder is missing
     known = read_identity(args.out) if (args.out / IDENTITY_FILE).is_file() else None
@@ -77,21 +85,19 @@ def _encode(args: argparse.Namespace, config: Any) -> Any:
                       shard_samples=args.shard_samples, on_sample=lambda: bar.update(1))
     report = builder.run()
     bar.close()
-    return report
+    return report, log
 
 
-def _summary(args: argparse.Namespace) -> int:
-    from mindspeed_wan.errors import DataError
+def _summary(args: argparse.Namespace, log: BadSampleLog) -> int:
+    from mindspeed_wan.data.bad_samples import BadSample
 
     dataset, bad = _open(args.out)
-    total = sum(path.stat().st_size for path in (args.out / "shards").glob("*.safetensors"))
+    total = sum((args.out / "shards" / name).stat().st_size for name in {row["shard"] for row in dataset.rows})
     print(f"the cache is complete: {len(dataset)} clips, {total / 2**20:.1f} MiB "
           f"({total / len(dataset) / 2**20:.2f} MiB a clip)")
     for row in bad:
         print(f"  bad: {row['where']}: {row['content']['path']}: {row['bad']}")
-    if len(bad) > args.max_bad_fraction * len(dataset):
-        raise DataError(f"{len(bad)} of {len(dataset)} clips could not be encoded, more than --max-bad-fraction "
-                        f"{args.max_bad_fraction:g}", where=str(args.out), fix="repair or remove them and run again")
+    log.add(BadSample(row["index"], row["content"]["path"], row["where"], row["bad"]) for row in bad)
     print(f'train from it: "dataset_type": "feature" and "data_path": "{args.out.resolve()}" in data.json, '
           '"load_video_features": true and "load_text_features": true in model.json')
     return 0

@@ -143,7 +143,7 @@ def open_features(config: RunConfig) -> OpenedData:
                             where=str(path), fix="set cfg to 0, or use mindspeed-wan features build")
         folder = Path(section.data_folder) if section.data_folder else None
         mm_dataset = MMFeatureDataset(path, folder, task=config.model.task, seed=seed)
-        return OpenedData(mm_dataset, _order(mm_dataset, section, seed))
+        return OpenedData(mm_dataset, _order(mm_dataset, section, seed), unreadable=mm_dataset.unreadable)
     dataset = FeatureDataset(path.parent if path.name == "cache.json" else path, seed=seed,
                              caption_dropout=section.caption_dropout)
     dataset.check(clip_settings(section), config.model.task, encoder_choice(config, must_exist=False))

@@ -114,7 +114,7 @@ class Builder:
         self._open_folder()
         for number in self._in_turn():
             rows = self._plan(number)
-            path = feature_cache.shard_path(self.folder, number, self.shard_count)
+            path = feature_cache.shard_path(self.folder, number)
             if _is_current(path, rows):
                 report.kept += len(rows)
                 continue
@@ -147,7 +147,7 @@ class Builder:
     def _plan(self, number: int) -> list[dict[str, Any]]:
         """Return the rows of a shard: for each sample its name and everything training needs to know of it."""
         first = number * self.shard_samples
-        path = feature_cache.shard_path(self.folder, number, self.shard_count)
+        path = feature_cache.shard_path(self.folder, number)
         known = [ClipContent(**row["content"]) for row in feature_cache.read_shard_rows(path) or ()]
         rows = []
         for index in range(first, min(first + self.shard_samples, len(self.dataset))):
@@ -155,7 +155,7 @@ class Builder:
             content = feature_cache.clip_content(record.path, known)
             rows.append({
                 "index": index,
-                "name": feature_cache.sample_name(self.identity.key, content, record, shape),
+                "name": feature_cache.sample_name(self.identity.key, index, content, record, shape),
                 "shape": list(shape),
                 "captions": list(record.captions),
                 "where": record.where,
@@ -164,7 +164,11 @@ class Builder:
         return rows
 
     def _write_shard(self, path: Path, rows: list[dict[str, Any]]) -> int:
-        """Encode a shard's samples and write it; returns how many clips could not be read."""
+        """Encode a shard's samples and write it; returns how many clips could not be read.
+
+        The index of an earlier build goes first: it names samples that this shard may not have.
+        """
+        (self.folder / feature_cache.INDEX_FILE).unlink(missing_ok=True)
         tensors: dict[str, Tensor] = {}
         bad = 0
         for row in rows:
@@ -196,7 +200,7 @@ class Builder:
         """Write the empty caption and the index once every shard is there; returns whether the cache is whole."""
         index = []
         for number in range(self.shard_count):
-            path = feature_cache.shard_path(self.folder, number, self.shard_count)
+            path = feature_cache.shard_path(self.folder, number)
             rows = feature_cache.read_shard_rows(path)
             if rows is None or not _is_current(path, self._names(number, rows)):
                 return False
@@ -213,7 +217,7 @@ class Builder:
         first = number * self.shard_samples
         wanted = range(first, min(first + self.shard_samples, len(self.dataset)))
         expected = [
-            feature_cache.sample_name(self.identity.key, ClipContent(**row["content"]),
+            feature_cache.sample_name(self.identity.key, index, ClipContent(**row["content"]),
                                       self.dataset.records[index], self.dataset.shapes[index])
             for index, row in zip(wanted, rows)
         ]
@@ -255,7 +259,7 @@ def _create_claim(path: Path) -> bool:
     except OSError as error:
         raise feature_cache.disk_error(error, path) from None
     with os.fdopen(descriptor, "w") as file:
-        file.write(f"{socket.gethostname()} {os.getpid()}")
+        file.write(f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
     return True
 
 
@@ -263,22 +267,30 @@ def _is_abandoned(path: Path) -> bool:
     """True when the holder's process is gone from this host, or has not touched its claim for a long time."""
     try:
         age = time.time() - path.stat().st_mtime
-        host, _, pid = path.read_text().partition(" ")
+        host, pid, born = [*path.read_text().split(), "", "", ""][:3]  # empty: killed before it wrote
     except OSError:
         return False
     if host == socket.gethostname() and pid.isdigit():
-        return not Path(f"/proc/{pid}").exists() if Path("/proc").is_dir() else not _runs(int(pid))
+        now = _birth(int(pid))
+        return now is None or bool(born and now and born != now)
     return age > _STALE_SECONDS
 
 
-def _runs(pid: int) -> bool:
+def _birth(pid: int) -> str | None:
+    """Return when a process of this host started (a restarted container gives the same numbers again); ``None`` when
+    there is none, "" where the system does not say."""
+    if Path("/proc/self/stat").is_file():
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            return None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return None
     except PermissionError:
-        return True
-    return True
+        return ""
+    return ""
 
 
 def _take_over(path: Path) -> bool:

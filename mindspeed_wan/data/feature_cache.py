@@ -3,7 +3,7 @@
 Layout of a cache folder::
 
     cache.json                      identity: clip settings, seed, the encoders' weights; written first
-    shards/00012-of-00040.safetensors   tensors of consecutive samples; its header names every sample
+    shards/00012.safetensors        tensors of consecutive samples; its header names every sample
     empty_text.safetensors          UMT5's states of the empty caption
     index.json                      written last: every sample's shard, shape, captions and source file
 
@@ -11,8 +11,9 @@ Names of tensors: ``<sample>/latents/<variant>`` and ``<sample>/condition/<varia
 ``<sample>/text/<caption>`` [L, C] in UMT5's dtype, unpadded. A variant is one draw of the random frame window and crop
 (epoch e reads variant e modulo their number).
 
-A sample's name in a shard is the hash of its clip's content, its captions and the identity, so a shard that was made
-from something else is recognised and never read. Rows also hold a checksum of every tensor, verified on each read.
+A sample's name in a shard is the hash of its clip's content, its captions, its place in the data set (which decides its
+random window) and the identity, so a shard that was made from something else is recognised and never read. A data set
+that has grown keeps its shards. Rows also hold a checksum of every tensor, verified on each read.
 """
 
 from __future__ import annotations
@@ -174,9 +175,9 @@ def clip_content(path: Path, known: Sequence[ClipContent] = ()) -> ClipContent:
     return ClipContent(str(path), entry.size, entry.mtime_ns, entry.digest)
 
 
-def sample_name(identity_key: str, content: ClipContent, record: ClipRecord, shape: Shape) -> str:
+def sample_name(identity_key: str, index: int, content: ClipContent, record: ClipRecord, shape: Shape) -> str:
     """Return the name of a sample's features: a hash of all they depend on."""
-    parts = [identity_key, content.digest, record.captions, record.cut, record.crop, shape, record.fps,
+    parts = [identity_key, index, content.digest, record.captions, record.cut, record.crop, shape, record.fps,
              record.num_frames]
     return _hash(json.dumps(parts).encode())
 
@@ -200,9 +201,9 @@ def _hash(data: bytes) -> str:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
-def shard_path(folder: Path, number: int, count: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
     """Return the path of a shard."""
-    return folder / "shards" / f"{number:05d}-of-{count:05d}.safetensors"
+    return folder / "shards" / f"{number:05d}.safetensors"
 
 
 def read_shard_rows(path: Path) -> list[dict[str, Any]] | None:

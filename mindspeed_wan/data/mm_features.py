@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mindspeed_wan.data.bad_samples import BadSample
 from mindspeed_wan.data.dataset import Failure, KeyedDataset, give_up
 from mindspeed_wan.data.features import FeatureDataset, FeatureSample
 from mindspeed_wan.data.plan import Shape
-from mindspeed_wan.data.records import Problems
+from mindspeed_wan.data.records import ClipRecord, Problems, RowSource
 from mindspeed_wan.data.sampler import Key
 from mindspeed_wan.data.text_files import read_text
 from mindspeed_wan.errors import DataError
@@ -31,6 +32,7 @@ _TEXT = ("prompt_ids", "prompt", "context")
 _MASK = ("prompt_mask",)
 _CONDITION = ("i2v_vae_feature", "y")
 _FILE = ("file", "path", "features")
+_THREADS = 8
 
 
 class MMFeatureDataset(KeyedDataset):
@@ -40,32 +42,36 @@ class MMFeatureDataset(KeyedDataset):
         data_path: its ``data.jsonl``.
         data_folder: what file names are joined to; ``None`` takes the folder of ``data_path``.
         task: ``i2v`` also wants the condition.
-        seed: of caption dropout and replacements.
+        seed: of replacements. A caption cannot be dropped: the folder has no states of the empty caption.
+
+    Attributes:
+        unreadable: the files without readable latents, each with its reason.
 
     Raises:
-        DataError: rows without a file, files that are missing (all are listed), or nothing at all. A caption cannot be
-            dropped, because the folder has no states of the empty caption.
+        DataError: rows without a file, files that are missing (all are listed), or none that can be read.
     """
 
     def __init__(self, data_path: Path, data_folder: Path | None = None, *, task: str = "t2v", seed: int = 0) -> None:
         self.task = task
         problems = Problems()
-        self.files, self.where = _read_rows(data_path, data_folder or data_path.parent, problems)
+        rows = _read_rows(data_path, data_folder or data_path.parent, problems)
         problems.raise_if_any()
-        if not self.files:
+        if not rows:
             raise DataError("no samples", where=str(data_path))
-        shapes = [self._shape_of(file, where, problems) for file, where in zip(self.files, self.where)]
-        problems.raise_if_any()
-        super().__init__([("",)] * len(self.files), shapes, seed, 0.0)
-
-    def _shape_of(self, file: Path, where: str, problems: Problems) -> Shape:
-        """Return the pixel shape of a sample; the tensors are mapped, not read."""
-        try:
-            frames, height, width = _wanted(read_features(file), _LATENTS, 4, "latents", file).shape[1:]
-        except DataError as error:
-            problems.add(error.message, where, error.fix)
-            return (0, 0, 0)
-        return (frames - 1) * 4 + 1, height * 8, width * 8
+        self.records: list[ClipRecord] = []
+        self.unreadable: list[tuple[ClipRecord, str]] = []
+        shapes: list[Shape] = []
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for record, shape in zip(rows, pool.map(lambda record: _shape_of(record.path), rows)):
+                if isinstance(shape, str):
+                    self.unreadable.append((record, shape))
+                else:
+                    self.records.append(record)
+                    shapes.append(shape)
+        if not self.records:
+            record, reason = self.unreadable[0]
+            raise DataError(f"none of the {len(rows)} files can be read, e.g. {reason}", where=record.where)
+        super().__init__([record.captions for record in self.records], shapes, seed, 0.0)
 
     def __getitem__(self, key: Key) -> FeatureSample | Failure:
         """Return the sample of (epoch, index), or of its replacement when that file cannot be read."""
@@ -75,11 +81,12 @@ class MMFeatureDataset(KeyedDataset):
             try:
                 return self._sample(epoch, index, source, tuple(bad))
             except DataError as error:
-                bad.append(BadSample(source, str(self.files[source]), self.where[source], error.message))
+                record = self.records[source]
+                bad.append(BadSample(source, str(record.path), record.where, error.message))
         return give_up(bad)
 
     def _sample(self, epoch: int, index: int, source: int, bad: tuple[BadSample, ...]) -> FeatureSample:
-        file = self.files[source]
+        file = self.records[source].path
         content = read_features(file)
         latents = _wanted(content, _LATENTS, 4, "latents", file).float()
         if not bool(torch.isfinite(latents).all()):
@@ -91,6 +98,15 @@ class MMFeatureDataset(KeyedDataset):
         return FeatureSample(index, epoch, source, latents.clone(), _text(content, file), condition, "", file, bad)
 
     collate = staticmethod(FeatureDataset.collate)
+
+
+def _shape_of(file: Path) -> Shape | str:
+    """Return the pixel shape of a sample (its tensors are mapped, not read), or why it cannot be had."""
+    try:
+        frames, height, width = _wanted(read_features(file), _LATENTS, 4, "latents", file).shape[1:]
+    except DataError as error:
+        return error.message
+    return (frames - 1) * 4 + 1, height * 8, width * 8
 
 
 def read_features(file: Path) -> Mapping[str, Any]:
@@ -134,26 +150,24 @@ def _text(content: Mapping[str, Any], file: Path) -> Tensor:
     return states[:length].clone()
 
 
-def _read_rows(data_path: Path, folder: Path, problems: Problems) -> tuple[list[Path], list[str]]:
-    files, places = [], []
+def _read_rows(data_path: Path, folder: Path, problems: Problems) -> list[ClipRecord]:
+    records: dict[Path, ClipRecord] = {}
     for number, line in enumerate(read_text(data_path).split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{data_path}:{number}"
+        source = RowSource(str(data_path), number)
         try:
             row = json.loads(line)
             name = next(row[key] for key in _FILE if isinstance(row.get(key), str))
         except (ValueError, AttributeError, StopIteration):
-            problems.add('expected {"file": "features/NAME.pt"}', where)
+            problems.add('expected {"file": "features/NAME.pt"}', source.where)
             continue
         file = folder / name
         if not file.is_file():
-            problems.add(f"{file} does not exist", where, "data_folder must be the folder that holds features/")
-            continue
-        files.append(file)
-        places.append(where)
-    if len(set(files)) < len(files):
-        double = next(file for file in files if files.count(file) > 1)
-        problems.add(f"{double} is named twice: clips of equal names overwrote each other's features", str(data_path),
-                     "extract the features again, or use mindspeed-wan features build")
-    return files, places
+            problems.add(f"{file} does not exist", source.where, "data_folder must be the folder that holds features/")
+        elif file in records:
+            problems.add(f"{file} is named twice: clips of equal names overwrote each other's features", source.where,
+                         "extract the features again, or use mindspeed-wan features build")
+        else:
+            records[file] = ClipRecord(file, ("",), source, "feature")
+    return list(records.values())

@@ -15,6 +15,7 @@ import torch
 
 from mindspeed_wan.data import feature_build, feature_cache, manifest
 from mindspeed_wan.data.bad_samples import BadSampleLog
+from mindspeed_wan.data.build import OpenedData
 from mindspeed_wan.data.dataset import ClipDataset, prepare
 from mindspeed_wan.data.feature_build import Builder, WanEncoders
 from mindspeed_wan.data.feature_cache import EncoderChoice, make_identity
@@ -146,6 +147,46 @@ def test_a_changed_clip_rebuilds_its_shard_alone(tmp_path):
     FeatureDataset(out).check_clips()
 
 
+def test_a_row_that_is_there_several_times_has_a_window_each(tmp_path):
+    """musubi's num_repeats: one clip and caption, but each row draws a window of its own."""
+    folder = private_clips(tmp_path, num_clips=2, num_frames=21)
+    rows = (folder / "data.jsonl").read_text().splitlines()
+    (folder / "data.jsonl").write_text("\n".join([rows[0]] * 3 + rows[1:]) + "\n")
+    dataset = clips(folder)
+    build(tmp_path / "c", dataset, shard_samples=4)
+    cached, encoders = FeatureDataset(tmp_path / "c"), WanEncoders(choice(), "cpu")
+    assert not list(cached.damaged())
+    for index in range(4):
+        assert torch.equal(cached[(0, index)].latents, encoders.encode_clip(unit_range(dataset.read(0, index))))
+    assert not torch.equal(cached[(0, 0)].latents, cached[(0, 1)].latents)
+
+
+def test_a_data_set_that_has_grown_keeps_its_shards(tmp_path):
+    folder = private_clips(tmp_path)
+    rows = (folder / "data.jsonl").read_text().splitlines()
+    for count, encoded, kept in ((6, 6, 0), (7, 1, 6), (8, 2, 6)):  # shards of 3
+        (folder / "data.jsonl").write_text("\n".join(rows[:count]) + "\n")
+        report = build(tmp_path / "c", clips(folder))
+        assert (report.samples, report.kept, report.is_complete) == (encoded, kept, True)
+        assert len(FeatureDataset(tmp_path / "c")) == count
+
+
+def test_a_cache_is_unfinished_while_a_shard_is_made_anew(tmp_path):
+    """Else its index would name samples that are not there any more."""
+    out = tmp_path / "c"
+    build(out, clips(tiny_clips()))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(out, clips(tiny_clips()), shard_samples=2, on_sample=interrupt)
+    with pytest.raises(DataError, match="not finished"):
+        FeatureDataset(out)
+    assert build(out, clips(tiny_clips()), shard_samples=2).is_complete
+    assert not list(FeatureDataset(out).damaged())
+
+
 def test_a_touched_or_moved_clip_is_not_stale(tmp_path):
     folder = private_clips(tmp_path)
     out = tmp_path / "c"
@@ -193,13 +234,14 @@ def test_processes_share_the_work_and_the_result_is_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("claim", "age", "taken"), [("{host} 999999999", 0, True), ("{host} {pid}", 99999, False),
+                                                     ("{host} {pid} 1", 0, True), ("", 99999, True), ("", 10, False),
                                                      ("elsewhere 1", 10, False), ("elsewhere 1", 99999, True)])
 def test_claims_of_the_dead_are_taken_over(tmp_path, claim, age, taken):
     import socket
     import time
 
     out = tmp_path / "c"
-    path = feature_cache.shard_path(out, 0, 3).with_suffix(".claim")
+    path = feature_cache.shard_path(out, 0).with_suffix(".claim")
     path.parent.mkdir(parents=True)
     path.write_text(claim.format(host=socket.gethostname(), pid=os.getpid()))
     os.utime(path, (time.time() - age,) * 2)
@@ -339,11 +381,6 @@ class _Canary:
     ("damage", "message"),
     [
         (lambda d: (d / "features/1.pt").unlink(), "does not exist"),
-        (lambda d: (d / "features/1.pt").write_bytes(b"junk"), "not a torch file"),
-        (lambda d: torch.save([1], d / "features/1.pt"), "not a dict"),
-        (lambda d: torch.save({"x": torch.zeros(1)}, d / "features/1.pt"), "has no latents"),
-        (lambda d: torch.save({"video": torch.zeros(3, 4)}, d / "features/1.pt"), "expected 4 dimensions"),
-        (lambda d: torch.save({"video": _Canary()}, d / "features/1.pt"), "cannot be read"),
         (lambda d: (d / "data.jsonl").write_text("{}"), "expected"),
         (lambda d: (d / "data.jsonl").write_text(""), "no samples"),
         (lambda d: (d / "data.jsonl").write_text('{"file": "features/0.pt"}\n' * 2), "named twice"),
@@ -355,6 +392,31 @@ def test_damaged_mm_folders_are_named(tmp_path, damage, message, monkeypatch):
     damage(tmp_path / "f")
     with pytest.raises(DataError, match=message):
         MMFeatureDataset(path)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"junk", "not a torch file"),
+        ([1], "not a dict"),
+        ({"x": torch.zeros(1)}, "has no latents"),
+        ({"video": torch.zeros(3, 4)}, "expected 4 dimensions"),
+        ({"video": _Canary()}, "cannot be read"),
+    ],
+)
+def test_bad_mm_files_are_counted_like_bad_clips(tmp_path, content, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = _mm_folder(tmp_path / "f")
+    file = tmp_path / "f" / "features" / "1.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    dataset = MMFeatureDataset(path)
+    assert len(dataset) == 3 and [record.where for record, _ in dataset.unreadable] == [f"{path}:2"]
+    assert message in dataset.unreadable[0][1]
+    data = OpenedData(dataset, GlobalBatchSampler(3, 0), unreadable=dataset.unreadable)
+    assert list(data.bad_sample_log(None, 0.25).found) == [3]
+    with pytest.raises(DataError, match="1 of 4 clips cannot be read"):
+        data.bad_sample_log(None, 0.2)
     assert not (tmp_path / "canary").exists()
 
 
