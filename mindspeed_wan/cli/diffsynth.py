@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindspeed_wan.cli.import_job import STEPS, ImportParser, Job, processes, whole_frames
-from mindspeed_wan.config.expert_range import from_fractions
+from mindspeed_wan.config.expert_range import OFFICIAL_BOUNDARY, from_fractions
 from mindspeed_wan.errors import ConfigError
 
 SHIFT = 5.0
 """DiffSynth trains every Wan model on 1000 indices at shift 5."""
+INDEX = {"t2v": 0.417, "i2v": 0.358}
+"""Where the experts part, as DiffSynth counts: a fraction of the indices, from the noisy end."""
 _DIFFSYNTH_MODELS = Path("models")
 _FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
 
@@ -60,11 +62,16 @@ def understand(words: Sequence[str]) -> Job:
     warnings: list[str] = []
     _check_method(given, warnings)
     dits, others = _models(given)
-    task = _task(given, [*dits, *others])
+    task = _task(given, [*dits, *others], warnings)
     expert = from_fractions(given.min_timestep_boundary, given.max_timestep_boundary, SHIFT, STEPS)
     if expert.expert is None:
         raise ConfigError("the command does not say which expert's timesteps are trained",
-                          fix="add --max_timestep_boundary 0.358 (high) or --min_timestep_boundary 0.358 (low)")
+                          fix=f"add --max_timestep_boundary {INDEX[task]} (high) or --min_timestep_boundary "
+                              f"{INDEX[task]} (low)")
+    if expert.boundary != OFFICIAL_BOUNDARY[task]:
+        warnings.append(f"the command parts the experts at sigma {expert.boundary:g}; {task.upper()} A14B changes from "
+                        f"one to the other at {OFFICIAL_BOUNDARY[task]:g}, which is {INDEX[task]} in DiffSynth's terms")
+    total, machines = processes(before, warnings)
     return Job(
         task=task, expert=expert, weights=_weights(given, dits, expert.expert, warnings),
         vae=next((p for p in others if "VAE" in p.name), None),
@@ -77,7 +84,7 @@ def understand(words: Sequence[str]) -> Job:
         lora_checkpoint=Path(given.lora_checkpoint) if given.lora_checkpoint else None,
         learning_rate=given.learning_rate, weight_decay=given.weight_decay, epochs=given.num_epochs,
         repeat=given.dataset_repeat, accumulation=given.gradient_accumulation_steps, save_steps=given.save_steps,
-        output=Path(given.output_path), processes=processes(before, warnings), workers=given.dataset_num_workers,
+        output=Path(given.output_path), processes=total, machines=machines, workers=given.dataset_num_workers,
         diffusion={"shift": SHIFT, "weighting": "mm", "normalize_weighting": False, "grid": "index"},
         lora_format="diffsynth", base_lora=Path(given.preset_lora_path) if given.preset_lora_path else None,
         warnings=warnings,
@@ -119,13 +126,7 @@ def _check_method(given: argparse.Namespace, warnings: list[str]) -> None:
 
 def _models(given: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     """Return (DiT folders in loading order, other files)."""
-    paths: list[Path] = []
-    if given.model_paths:
-        try:
-            entries = json.loads(given.model_paths)
-        except ValueError:
-            raise ConfigError("--model_paths is not JSON", fix="write a list of files or of lists of shards") from None
-        paths += [Path(entry[0] if isinstance(entry, list) else entry) for entry in entries]
+    paths = [Path(shards[0]) for shards in _model_paths(given.model_paths)] if given.model_paths else []
     for entry in (given.model_id_with_origin_paths or "").split(","):
         if entry:
             model, _, pattern = entry.partition(":")
@@ -134,12 +135,28 @@ def _models(given: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     return dits, [path for path in paths if "diffusion_pytorch_model" not in path.name]
 
 
-def _task(given: argparse.Namespace, paths: Sequence[Path]) -> str:
+def _model_paths(text: str) -> list[list[str]]:
+    """Return the shards of every model of ``--model_paths``."""
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        entries = None
+    models = [entry if isinstance(entry, list) else [entry] for entry in entries] if isinstance(entries, list) else []
+    if not models or not all(shards and all(isinstance(shard, str) for shard in shards) for shards in models):
+        raise ConfigError(f"--model_paths {text} is no JSON list of models",
+                          fix="write a list of files or of lists of shards")
+    return models
+
+
+def _task(given: argparse.Namespace, paths: Sequence[Path], warnings: list[str]) -> str:
     names = " ".join(map(str, paths))
     if re.search(r"Fun|VACE|Animate|S2V|5B|2\.1-", names):
         raise ConfigError("only Wan2.2 T2V and I2V A14B are imported", where=names[:200])
-    image = "I2V" in names or "input_image" in (given.extra_inputs or "")
-    return "i2v" if image else "t2v"
+    conditioned = "input_image" in (given.extra_inputs or "")
+    if "I2V" in names and not conditioned:
+        warnings.append("without --extra_inputs input_image DiffSynth gives I2V weights no image; here every clip's "
+                        "first frame is the image")
+    return "i2v" if "I2V" in names or conditioned else "t2v"
 
 
 def _weights(given: argparse.Namespace, dits: Sequence[Path], expert: str, warnings: list[str]) -> Path:
@@ -179,6 +196,8 @@ def _tokenizer(others: Sequence[Path]) -> Path | None:
 
 def _size(given: argparse.Namespace, warnings: list[str]) -> tuple[int, int] | None:
     if given.height is None or given.width is None:
+        if (given.height, given.width) != (None, None):
+            warnings.append("--height and --width only count together; clips keep their shape up to --max_pixels")
         return None
     size = given.height // 16 * 16, given.width // 16 * 16
     if size != (given.height, given.width):

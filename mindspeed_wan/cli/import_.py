@@ -8,17 +8,14 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed_wan.cli import diffsynth, videox
-from mindspeed_wan.cli.import_job import STEPS, Job
+from mindspeed_wan.cli.import_job import STEPS, Job, architecture
 from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.models.wan.config import PRESETS
 
-if TYPE_CHECKING:
-    from mindspeed_wan.models.wan.config import WanConfig
-
-_BARE_SCRIPT = "bash ${{MINDSPEED_WAN_ROOT:-{root}}}/examples/wan2.2/common/launch.sh pretrain"
-
+_BARE_SCRIPT = 'bash "${{MINDSPEED_WAN_ROOT:-{root}}}/examples/wan2.2/common/launch.sh" pretrain'
 
 MERGED = "$HERE/base"
 """Where the launcher puts weights with an adapter merged into them."""
@@ -67,7 +64,7 @@ recompute_modules: ["predictor.blocks.{*}"]
 
 def model_file(job: Job) -> dict[str, Any]:
     """Return the model file: the expert's range by name, the other trainer's way of drawing and weighting noise."""
-    wan = _architecture(job)
+    wan = architecture(job.weights) or PRESETS[f"{job.task}-A14B"]
     condition = {} if job.conditioning is None else {"i2v_processor": {"conditioning": job.conditioning}}
     return {
         "task": job.task, "load_video_features": False, "load_text_features": False, "encoder_offload_interval": 8,
@@ -84,16 +81,6 @@ def model_file(job: Job) -> dict[str, Any]:
         "ae": {"model_id": "wan_video_vae", "from_pretrained": _absolute(job.vae), "dtype": "fp32", **condition},
         "text_encoder": {"model_id": "UMT5", "from_pretrained": _absolute(job.text_encoder), "dtype": "bf16"},
     }
-
-
-def _architecture(job: Job) -> WanConfig:
-    """Return the expert's sizes: those its folder states, or A14B's when it is not here yet."""
-    from mindspeed_wan.models.wan.config import PRESETS, WanConfig
-
-    file = job.weights / "config.json"
-    if not file.is_file():
-        return PRESETS[f"{job.task}-A14B"]
-    return WanConfig.from_original(json.loads(file.read_text(encoding="utf-8")), where=str(file))
 
 
 def data_file(job: Job) -> dict[str, Any]:
@@ -121,7 +108,8 @@ def launcher(job: Job, iterations: int | None) -> str:
         "SEED": str(job.seed) if job.seed is not None else None, "GRAD_ACC_STEP": str(job.accumulation),
         "TRAIN_ITERS": str(iterations) if iterations else None,
         "SAVE_INTERVAL": str(job.save_steps) if job.save_steps else None,
-        "NPROC_PER_NODE": str(job.processes) if job.processes else None,
+        "NPROC_PER_NODE": str(max(1, job.processes // job.machines)) if job.processes else None,
+        "NNODES": str(job.machines) if job.machines > 1 else None,
         "NUM_WORKERS": str(job.workers) if job.workers else None,
     }
     exports = [f'export {name}="${{{name}:-{value}}}"' for name, value in variables.items() if value is not None]

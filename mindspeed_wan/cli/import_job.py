@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from mindspeed_wan.config.expert_range import ExpertRange
 from mindspeed_wan.errors import ConfigError, did_you_mean
+from mindspeed_wan.lora.spec import match_targets, parse_targets
+from mindspeed_wan.models.wan.config import PRESETS, WanConfig
 
 STEPS = 1000
 """Indices of every Wan trainer's schedule."""
@@ -21,7 +23,8 @@ class Job:
 
     ``size`` is (height, width), or ``None`` where ``max_pixels`` rules. ``diffusion`` holds further keys of the model
     file's block of that name, ``conditioning`` those of ``ae.i2v_processor``; ``flags`` are appended to the launcher.
-    ``base_lora`` is an adapter that the weights hold before anything is trained.
+    ``processes`` counts those of all ``machines``. ``base_lora`` is an adapter that the weights hold before anything is
+    trained.
     """
 
     task: str
@@ -45,6 +48,7 @@ class Job:
     save_steps: int | None
     output: Path
     processes: int | None
+    machines: int
     workers: int
     diffusion: dict[str, Any]
     lora_format: str
@@ -57,6 +61,17 @@ class Job:
     flags: tuple[str, ...] = ()
     base_lora: Path | None = None
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        counts = {"epochs": self.epochs, "data repeats": self.repeat, "gradient accumulation steps": self.accumulation,
+                  "clips per step": self.micro_batch, "height and width": min(self.size or (1,)),
+                  "pixels": self.max_pixels, "learning rate": self.learning_rate}
+        if self.lora is not None:
+            counts["LoRA rank"] = self.lora["r"]
+            match_targets(parse_targets(self.lora["targets"]), PRESETS[f"{self.task}-A14B"])
+        for name, count in counts.items():
+            if not count > 0:
+                raise ConfigError(f"the command's {name}: {count} is not positive")
 
 
 class ImportParser(argparse.ArgumentParser):
@@ -74,28 +89,46 @@ class ImportParser(argparse.ArgumentParser):
                           f"give the words after the script as {self.tool}'s Wan examples write them")
 
 
+def architecture(folder: Path) -> WanConfig | None:
+    """Return the sizes that an expert's folder states, ``None`` before it is downloaded."""
+    if not (folder / "config.json").is_file():
+        return None
+    from mindspeed_wan.lora.model_config import config_of
+
+    return config_of(folder)
+
+
 def whole_frames(frames: int, warnings: list[str], flag: str = "--num_frames") -> int:
     """Return the largest 4k+1 up to ``frames``, with a warning where that is another number."""
+    if frames < 1:
+        raise ConfigError(f"{flag} {frames} is not positive")
     down = (frames - 1) // 4 * 4 + 1
     if down != frames:
         warnings.append(f"{flag} {frames} is not 4k+1; {down} frames are trained")
     return down
 
 
-def processes(before: Sequence[str], warnings: list[str]) -> int | None:
-    """Return accelerate's number of processes, from its flags or its configuration file."""
+def processes(before: Sequence[str], warnings: list[str]) -> tuple[int | None, int]:
+    """Return accelerate's number of processes and of machines, from its flags or its configuration file."""
     flags = dict(zip(before, [*before[1:], ""])) | dict(word.split("=", 1) for word in before if "=" in word)
-    if flags.get("--num_processes", "").isdigit():
-        return int(flags["--num_processes"])
+    given = {name: flags[f"--{name}"] for name in ("num_processes", "num_machines")
+             if flags.get(f"--{name}", "").isdigit()}
     file = flags.get("--config_file")
-    if file is None:
-        return None
+    if file is not None:
+        given = {**_accelerate_file(Path(file), warnings), **given}
+        if "num_processes" not in given:
+            warnings.append(f"{file} does not say how many processes there are: set NPROC_PER_NODE")
+    total = int(given["num_processes"]) if "num_processes" in given else None
+    return total, max(1, int(given.get("num_machines", 1)))
+
+
+def _accelerate_file(file: Path, warnings: list[str]) -> dict[str, Any]:
+    """Return the counts that an accelerate configuration states."""
     import yaml
 
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        return int(values["num_processes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        warnings.append(f"{file} does not say how many processes there are ({type(error).__name__}): set "
-                        "NPROC_PER_NODE")
-        return None
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return {name: int(values[name]) for name in ("num_processes", "num_machines") if name in values}
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        warnings.append(f"{file} cannot be read ({type(error).__name__})")
+        return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,12 +155,15 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _weighted(text: str) -> tuple[Path, float]:
     path, separator, weight = text.rpartition("=")
-    if not separator:
+    if not separator or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(path), float(weight)
+        value = float(weight)
     except ValueError:
-        raise ConfigError(f"--lora {text!r}: {weight!r} is not a number", fix="write FILE=0.55") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"--lora {text!r}: {weight!r} is not a number", fix="write FILE=0.55")
+    return Path(path), value
 
 
 def _extract(args: argparse.Namespace) -> int:
@@ -202,6 +206,8 @@ def _verify(args: argparse.Namespace) -> int:
     from mindspeed_wan.lora.verify import Expectation, verify
     from mindspeed_wan.platforms import get_platform
 
+    if not math.isfinite(args.weight):
+        raise ConfigError(f"--weight {args.weight} is not a number")
     config = _config(args, fallback=args.base)
     platform = get_platform(args.device)
     platform.activate()

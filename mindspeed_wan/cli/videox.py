@@ -7,12 +7,11 @@ returns a ``Job``; where VideoX-Fun does something else than the command says, a
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindspeed_wan.cli.import_job import ImportParser, Job, processes, whole_frames
+from mindspeed_wan.cli.import_job import ImportParser, Job, architecture, processes, whole_frames
 from mindspeed_wan.config.expert_range import OFFICIAL_BOUNDARY, ExpertRange
 from mindspeed_wan.errors import ConfigError
 
@@ -82,6 +81,7 @@ def understand(words: Sequence[str]) -> Job:
     task = _task(given, weights)
     _warn(given, warnings)
     pixels = given.token_sample_size if given.training_with_video_token_length else given.video_sample_size
+    total, machines = processes(before, warnings)
     return Job(
         task=task, expert=ExpertRange(expert, OFFICIAL_BOUNDARY[task]), weights=weights,
         vae=Path(given.vae_path) if given.vae_path else root / "Wan2.1_VAE.pth",
@@ -92,7 +92,7 @@ def understand(words: Sequence[str]) -> Job:
         lora=_lora(given) if name == "train_lora.py" else None, lora_checkpoint=None,
         learning_rate=given.learning_rate, weight_decay=given.adam_weight_decay, epochs=given.num_train_epochs,
         repeat=given.video_repeat, accumulation=given.gradient_accumulation_steps,
-        save_steps=given.checkpointing_steps, output=Path(given.output_dir), processes=processes(before, warnings),
+        save_steps=given.checkpointing_steps, output=Path(given.output_dir), processes=total, machines=machines,
         workers=given.dataloader_num_workers, diffusion={"shift": SHIFT[task], "weighting": "none"},
         lora_format="kohya2", conditioning={"mode": "masks"} if given.train_mode == "inpaint" else None,
         frame_interval=given.video_sample_stride, caption_dropout=CAPTION_DROPOUT, clip_grad=given.max_grad_norm,
@@ -120,12 +120,10 @@ def _task(given: argparse.Namespace, weights: Path) -> str:
     if given.train_mode not in ("normal", "inpaint", "i2v"):
         raise ConfigError(f"--train_mode {given.train_mode} is not imported", fix="normal, inpaint and i2v are")
     image = given.train_mode != "normal"
-    file = weights / "config.json"
-    if file.is_file():
-        channels = json.loads(file.read_text(encoding="utf-8")).get("in_dim")
-        if image != (channels == 36):
-            raise ConfigError(f"--train_mode {given.train_mode} on weights with {channels} input channels",
-                              where=str(file), fix="inpaint and i2v are for 36 channels, normal for 16")
+    wan = architecture(weights)
+    if wan is not None and image != (wan.in_channels == 36):
+        raise ConfigError(f"--train_mode {given.train_mode} on weights with {wan.in_channels} input channels",
+                          where=str(weights), fix="inpaint and i2v are for 36 channels, normal for 16")
     return "i2v" if image else "t2v"
 
 

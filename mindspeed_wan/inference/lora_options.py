@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,12 @@ class LoraOptions:
             paths, weights = (getattr(self, f"{expert}_{what}") for what in ("paths", "weights"))
             if paths and weights and len(weights) not in (1, len(paths)):
                 found.append(f"--{prefix}_weight has {len(weights)} values for {len(paths)} files of --{prefix}_path")
+            found += [f"--{prefix}_weight {weight} is not a number" for weight in weights if not math.isfinite(weight)]
             if weights and not paths:
                 found.append(f"--{prefix}_weight without --{prefix}_path")
             found += [f"--{prefix}_path {path} does not exist" for path in paths if not path.exists()]
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            found.append(f"--lora_alpha {self.alpha:g} is not positive")
         if self.merge and not self:
             found.append("--lora_merge without --lora_path or --lora_high_path")
         if self.merge and dit_fsdp:

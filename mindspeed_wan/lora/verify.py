@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mindspeed_wan.checkpoint.manifest import hash_file
-from mindspeed_wan.errors import CheckpointError, WanError
+from mindspeed_wan.checkpoint.manifest import disk_error, hash_file, write_text_atomic
+from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.lora.block_parity import block_parity
 from mindspeed_wan.lora.formats import LoraFile, read_lora
 from mindspeed_wan.lora.formats.reader import find_file
@@ -79,9 +79,12 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"passed": self.passed, **asdict(self)}, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, path.parent) from None
+        write_text_atomic(path, json.dumps({"passed": self.passed, **asdict(self)}, indent=2) + "\n")
 
     def add(self, name: str, problems: Iterable[str], ok: str, *, warnings: Iterable[str] = (), since: float) -> None:
         """Add a check: failed when there are problems, else with its warnings, else ``ok``."""
@@ -173,9 +176,8 @@ def _read(report: Report, path: str | Path, config: WanConfig, expect: Expectati
             record = hash_file(file)
             report.file.update(bytes=record.size, sha256=record.sha256)
         lora = read_lora(file, config, alpha_override=expect.alpha_override, allow_unmatched=expect.allow_unmatched)
-    except (WanError, OSError) as error:
-        fix = f" ({error.fix})" if isinstance(error, WanError) and error.fix else ""
-        report.add("file", [f"{getattr(error, 'message', error)}{fix}"], "", since=started)
+    except CheckpointError as error:
+        report.add("file", [f"{error.message} ({error.fix})" if error.fix else error.message], "", since=started)
         return None
     report.file.update(format=lora.format, metadata=dict(lora.metadata))
     wrong = expect.sha256 and expect.sha256.lower() != record.sha256

@@ -43,7 +43,7 @@ def test_the_low_noise_command_that_trains_the_high_expert(tmp_path: Path, capsy
     script = (out / "train.sh").read_text()
     assert "low_noise_model" in script and "high_noise_model" not in script
     assert 'TRAIN_ITERS="${TRAIN_ITERS:-500}"' in script and 'NPROC_PER_NODE="${NPROC_PER_NODE:-4}"' in script
-    assert "--lora-r 16 --lora-alpha 16" in script
+    assert "--lora-r 16 --lora-alpha 16" in script and '/common/launch.sh" pretrain' in script
     assert subprocess.run(["bash", "-n", str(out / "train.sh")], check=False).returncode == 0
 
 
@@ -81,6 +81,32 @@ def test_dit2_and_paths_as_json(tmp_path: Path) -> None:
     assert not any("expert's weights" in warning for warning in job.warnings)
 
 
+def test_what_the_command_does_otherwise_is_told(tmp_path: Path) -> None:
+    def warnings(*more: str, models: str = f"{HIGH},{ENCODERS}") -> str:
+        line = command(tmp_path, "--max_timestep_boundary", "0.358", *more, models=models)
+        return "\n".join(understand(line).warnings)
+
+    assert "sigma" not in warnings() and "no image" not in warnings()
+    t2v = f"{HIGH},{ENCODERS}".replace("I2V", "T2V")
+    told = warnings("--extra_inputs", "", models=t2v)
+    assert "parts the experts at sigma 0.9; T2V A14B changes from one to the other at 0.875, which is 0.417" in told
+    assert "no image" in warnings("--extra_inputs", "")
+    line = [word for word in command(tmp_path, "--max_timestep_boundary", "0.358") if word not in ("--height", "480")]
+    assert any("only count together" in warning for warning in understand(line).warnings)
+
+
+def test_processes_of_several_machines(tmp_path: Path) -> None:
+    file, out = tmp_path / "accelerate.yaml", tmp_path / "config"
+    file.write_text("num_machines: 2\nnum_processes: 16\nmachine_rank: 0\n")
+    line = command(tmp_path, "--max_timestep_boundary", "0.358")
+    assert (understand(line).processes, understand(line).machines) == (4, 1)
+    line[2:4] = ["--config_file", str(file)]
+    dispatch(["import", "diffsynth", "--out", str(out), "--", *line])
+    script = (out / "train.sh").read_text()
+    assert 'NPROC_PER_NODE="${NPROC_PER_NODE:-8}"' in script and 'NNODES="${NNODES:-2}"' in script
+    assert 'TRAIN_ITERS="${TRAIN_ITERS:-126}"' in script  # 10 clips 100 times over 16 processes, twice
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_an_adapter_fused_into_the_base_is_merged_first(goes_on: bool, tmp_path: Path) -> None:
     out, calls, printer = tmp_path / "a config", tmp_path / "calls", tmp_path / "rank.py"
@@ -114,6 +140,12 @@ def test_an_adapter_fused_into_the_base_is_merged_first(goes_on: bool, tmp_path:
     (("--max_timestep_boundary", "0.358", "--lora_rnk", "4"), "--lora_rnk"),
     (("--max_timestep_boundary", "0.358", "--extra_inputs", "vace_video"), "vace_video"),
     (("--max_timestep_boundary", "0.358", "--task", "sft:data_process"), "sft:data_process"),
+    (("--max_timestep_boundary", "0.358", "--gradient_accumulation_steps", "0"), "accumulation steps: 0"),
+    (("--max_timestep_boundary", "0.358", "--num_frames", "0"), "--num_frames 0"),
+    (("--max_timestep_boundary", "0.358", "--lora_rank", "0"), "LoRA rank: 0"),
+    (("--max_timestep_boundary", "0.358", "--lora_target_modules", "q,kk"), "'kk' matches no module"),
+    *((("--max_timestep_boundary", "0.358", "--model_paths", text), "no JSON list of models")
+      for text in ("[[]]", "[1]", '"one"', "{", "[]")),
 ])
 def test_what_cannot_be_imported_is_named(more: tuple[str, ...], text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=text):

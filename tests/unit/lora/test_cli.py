@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mindspeed_wan.cli import lora as cli
-from mindspeed_wan.errors import CheckpointError, ConfigError
+from mindspeed_wan.cli.main import dispatch
+from mindspeed_wan.errors import CheckpointError, ConfigError, ResourceError
 from mindspeed_wan.lora.formats import FORMATS, read_lora, write_lora
 from tests.unit.lora.cases import TINY, random_lora, same
 from tests.unit.lora.test_merge import expert, merged_by_hand, random_weights
@@ -97,6 +98,17 @@ def test_verify(base: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(CheckpointError, match="for the high-noise expert"):
         run(*options, "--expert", "low")
     assert not json.loads(report.read_text())["passed"]
+
+
+def test_values_that_are_no_numbers(base: Path, file: Path, tmp_path: Path) -> None:
+    for command in (["verify", str(file), "--model", str(base), "--weight", "nan"],
+                    ["merge", "--base", str(base), "--lora", f"{file}=inf", "--out", str(tmp_path / "out")]):
+        with pytest.raises(ConfigError, match="is not a number"):
+            dispatch(["lora", *command])
+    with pytest.raises(ConfigError, match="is not positive"):
+        dispatch(["lora", "verify", str(file), "--model", str(base), "--alpha-override", "-1"])
+    with pytest.raises(ResourceError):
+        dispatch(["lora", "verify", str(file), "--model", str(base), "--report", str(tmp_path)])
 
 
 def test_unmatched_keys(tmp_path: Path, base: Path) -> None:
