@@ -10,6 +10,8 @@ DType = Literal["fp32", "bf16"]
 Task = Literal["t2v", "i2v"]
 Expert = Literal["high", "low"]
 Device = Literal["npu", "cuda", "cpu"]
+Attention = Literal["auto", "sdpa", "torch_flash", "torch_efficient", "torch_math", "cudnn", "flash2", "flash3", "sage",
+                    "npu"]
 ContextParallelAlgo = Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"]
 LrDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]

@@ -129,6 +129,7 @@ def _memory(config: RunConfig) -> str:
         kept += " but attention" if recompute.keep_attention else ""
     kept += ", their inputs in host memory" if recompute.offload else ""
     kept += ", compiled blocks" if training.compile_blocks else ""
+    kept += f", attention by {training.attention}" if training.attention != "auto" else ""
     ema = f", EMA {training.ema_decay:g}" if training.ema_decay else ""
     lora = config.lora
     weights = f"frozen {lora.base_dtype or training.precision} base, fp32 adapters" if lora else "fp32 master weights"

@@ -221,7 +221,7 @@ def overlap_has_an_exchange(config: RunConfig, ranks: int | None) -> list[Config
     """Groups of heads overlap inside pure Ulysses attention only."""
     parallel = config.parallel
     chunks = parallel.ulysses_chunks
-    if chunks is None or chunks == 1:
+    if chunks == 1:
         return []
     if parallel.ulysses == 1 or parallel.ring > 1:
         what = "a ring, whose transfers overlap already" if parallel.ring > 1 else "one context rank"
@@ -231,6 +231,18 @@ def overlap_has_an_exchange(config: RunConfig, ranks: int | None) -> list[Config
     if chunks <= max(heads, 1):
         return []
     return mistake(f"--ulysses-overlap-chunks {chunks}: a rank attends with {heads} heads", f"use at most {heads}")
+
+
+def attention_trains(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """The kernel has a backward, and gives the log-sum-exp where a ring merges partial results."""
+    name, ring = config.training.attention, config.parallel.ring
+    if name == "sage":
+        return mistake("--attention sage has no backward and cannot train",
+                       "use auto, sdpa, cudnn, flash2 or flash3; keep sage for inference_sora.py")
+    if ring > 1 and name not in ("auto", "sdpa", "npu"):
+        message = f"--attention {name} with a ring of {ring}: it merges results of kernels that give their log-sum-exp"
+        return mistake(message, "leave it out, or use --context-parallel-algo ulysses_cp_algo")
+    return []
 
 
 def saves_have_a_place(config: RunConfig, ranks: int | None) -> list[ConfigError]:
@@ -314,6 +326,7 @@ RULES: tuple[RuleRow, ...] = (
     (recompute_fits, frozenset({"training", "model", "fsdp2", "parallel"})),
     (optimizer_state_fits, frozenset({"optimizer", "fsdp2", "parallel", "training"})),
     (overlap_has_an_exchange, frozenset({"parallel", "model"})),
+    (attention_trains, frozenset({"training", "parallel"})),
     (saves_have_a_place, frozenset({"checkpoint"})),
     (exits_can_save, frozenset({"checkpoint", "training"})),
     (rollback_has_a_place, frozenset({"checkpoint", "training"})),

@@ -38,6 +38,7 @@ class _Place:
 class PatchAttention:
     """One block's self-attention of a patch to all tokens; keeps keys and values ``[L, B, N, d]`` of each branch."""
 
+    traceable = False
     place: _Place
     kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -24,6 +24,8 @@ from mindspeed_wan.platforms import ops
 class RingAttention:
     """Tokens are spread over ``group`` in rank order, the same number on each rank."""
 
+    traceable = False
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 

@@ -4,13 +4,14 @@ Every rank holds some tokens of all heads; attention wants all tokens of some he
 together, one moves the output back. L tokens, B batch, N heads, D channels, U ranks. Inside, tensors of all heads are
 ``[L/U, B, U, N/U, D]``: dim 2 says which rank attends with the heads.
 
-On accelerators the heads are worked off in groups ("chunks"), so that one group travels while another attends:
+Where asked, the heads are worked off in groups ("chunks"), so that one group travels while another attends:
 
     exchange   in 1   in 2      out 1    out 2
     attention         group 1   group 2
 
-Half of the exchange is hidden with two groups, and the backward pass mirrors the picture by itself, because autograd
-runs the latest operation first. The bytes are the same, and so is every number: heads do not mix.
+Half of the exchange is hidden with two groups, each more hides less, and the backward pass mirrors the picture by
+itself, because autograd runs the latest operation first. The bytes are the same, and so is every number: heads do not
+mix.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from mindspeed_wan.platforms import ops
 
 
 class ContextAttention(Protocol):
-    """Full self-attention for q, k, v whose tokens may be spread over ranks."""
+    """Full self-attention for q, k, v whose tokens may be spread over ranks.
+
+    Attributes:
+        traceable: a compiled block can hold it in its graph; transfers beside the computation cannot be traced.
+    """
+
+    traceable: bool
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, length: int) -> Tensor:
         """Return ``[L/C, B, N, D]`` from three tensors of that shape; tokens from ``length`` on are padding."""
@@ -34,6 +41,8 @@ class ContextAttention(Protocol):
 
 class LocalAttention:
     """All tokens are here."""
+
+    traceable = True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, length: int) -> Tensor:
         """Return attention over the first ``length`` keys."""
@@ -46,21 +55,20 @@ class UlyssesAttention:
     Args:
         group: ranks that share the tokens.
         inner: default all tokens.
-        chunks: groups of heads whose exchange overlaps the attention of others, at most the heads of a rank; ``None``
-            is 2 where there is a second engine for communication, 1 on a CPU.
+        chunks: groups of heads whose exchange overlaps the attention of others, at most the heads of a rank; 1 is one
+            exchange, then attention.
     """
 
-    def __init__(self, group: dist.ProcessGroup, inner: ContextAttention | None = None, *,
-                 chunks: int | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, inner: ContextAttention | None = None, *, chunks: int = 1) -> None:
         self.group = group
         self.inner = inner or LocalAttention()
         self.chunks = chunks
+        self.traceable = chunks == 1 and self.inner.traceable
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, length: int) -> Tensor:
         """``[L/U, B, N, D] -> [L, B, N/U, D] -> attention -> [L/U, B, N, D]``."""
         q, k, v = (tensor.unflatten(2, (self.group.size(), -1)) for tensor in (q, k, v))
-        chunks = self.chunks or (1 if q.device.type == "cpu" else OVERLAP_CHUNKS)
-        chunks = min(chunks, q.shape[3])
+        chunks = min(self.chunks, q.shape[3])
         if chunks > 1:
             return self._overlapped(q, k, v, length, chunks).flatten(2, 3)
         q, k, v = _Exchange.apply(self.group, True, q, k, v)
@@ -79,11 +87,6 @@ class UlyssesAttention:
             out = self.inner(*_finish(arrived), length=length)
             leaving.append(_start(self.group, False, out))
         return torch.cat([_finish(transfer)[0] for transfer in leaving], dim=3)
-
-
-OVERLAP_CHUNKS = 2
-"""Groups of heads where exchange and attention can overlap: with 2, half of the exchange is hidden; each more hides
-less, and makes more and smaller kernels."""
 
 
 class _Exchange(torch.autograd.Function):

@@ -26,6 +26,7 @@ from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.grads import accumulate_in_fp32
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups
 from mindspeed_wan.parallel.pipeline import PipelinePlan
+from mindspeed_wan.platforms import attention, ops
 from mindspeed_wan.platforms.base import Platform
 from mindspeed_wan.platforms.compiler import check_compiler
 from mindspeed_wan.training import adapters, memory_options
@@ -67,6 +68,7 @@ def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFe
     wan = WanConfig.from_dict(config.model.wan.to_dict())
     if config.training.compile_blocks:
         check_compiler(platform)
+    choose_attention(config, platform)
     memory_options.say_what_is_left_out(config, platform)
     model = build_model(config, wan, groups, platform)
     views = adapters.trained_views(config, model, groups)
@@ -99,6 +101,22 @@ def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFe
         files = adapters.AdapterFiles(config, model, groups, ema) if config.lora is not None else None
         _open_save_folder(run, views, model_card(config, wan), lock, files)
     return run
+
+
+def choose_attention(config: RunConfig, platform: Platform) -> None:
+    """Use the attention kernel that the configuration names.
+
+    Raises:
+        ConfigError: it is not installed, or not for this device and precision.
+    """
+    name = config.training.attention
+    if name != "auto":
+        attention.check_device(name, platform.device_type, _compute_dtype(config))
+    ops.use_attention(name, needs_grad=True)
+
+
+def _compute_dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
 
 def parallel_dims(config: RunConfig, world_size: int) -> ParallelDims:

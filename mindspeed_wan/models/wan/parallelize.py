@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.models.wan.block import WanBlock
 from mindspeed_wan.models.wan.model import WanDiT
+from mindspeed_wan.parallel.attention import Untraced
 from mindspeed_wan.parallel.fsdp2 import Fsdp2Config, apply_fsdp2
 from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.parallel.recompute import RecomputePlan, apply_recompute
@@ -38,12 +40,19 @@ def parallelize(
             raise ConfigError(f"torch {torch.__version__} leaves compiled blocks uncompiled where attention is kept",
                               fix="drop --compile or --recompute-skip-core-attention, or use a newer torch")
         for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            _compile(block)  # type: ignore[arg-type]
     if recompute is not None:
         apply_recompute(model, recompute)
     if fsdp2 is not None:
         apply_fsdp2(model, fsdp2, groups, platform)
     return model
+
+
+def _compile(block: WanBlock) -> None:
+    """Compile the block as one graph, or around an attention that cannot be traced."""
+    if not block.self_attn.attend.traceable:
+        block.self_attn.attend = Untraced(block.self_attn.attend)
+    block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
 def _torch_version() -> tuple[int, ...]:

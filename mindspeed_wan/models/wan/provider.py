@@ -45,7 +45,7 @@ def build_wan(
     modify: Callable[[WanDiT], None] | None = None,
     device: torch.device | None = None,
     pipeline: PipelinePlan | None = None,
-    ulysses_chunks: int | None = None,
+    ulysses_chunks: int = 1,
 ) -> WanDiT:
     """Build a DiT on this rank; its parameters are allocated but *not* initialised: load or draw weights next.
 
@@ -56,7 +56,7 @@ def build_wan(
         fsdp2: shard with FSDP2 as this file section says; its ``recompute_modules`` apply when ``recompute`` is None.
         modify: called with the model on the meta device before it is sharded (LoRA adds its adapters here).
         device: where parameters live; default the platform's device (the host with FSDP2's CPU offload).
-        ulysses_chunks: groups of heads whose exchange overlaps attention; ``None`` decides by device.
+        ulysses_chunks: groups of heads whose exchange overlaps attention.
         pipeline: which blocks each stage holds; default an even split over the stages of ``groups``.
 
     Raises:

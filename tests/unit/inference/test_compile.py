@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -62,6 +63,10 @@ def test_machines_that_cannot_compile_say_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with pytest.raises(ResourceError, match=r"needs a C\+\+ compiler"):
         _generator(compile_blocks=True)
+    monkeypatch.delenv("CC", raising=False)
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="needs a C compiler; gcc, clang not found"):
+        patch.setattr(compiler.importlib.util, "find_spec", lambda name: object())
+        compiler.check_compiler(SimpleNamespace(name="cuda"))
     with pytest.raises(ConfigError, match="torch_npu has no compiler"):
         compiler.check_compiler(SimpleNamespace(name="npu"))
     monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
@@ -74,10 +79,11 @@ def test_the_flag() -> None:
 
 
 def test_attention_by_name(counters: dict) -> None:
+    from mindspeed_wan.config.base import Attention
     from mindspeed_wan.inference.options import CHOICES
     from mindspeed_wan.platforms import attention, ops
 
-    assert CHOICES["attention"] == ("auto", *attention.BACKENDS)
+    assert CHOICES["attention"] == get_args(Attention) == ("auto", *attention.BACKENDS)
     exact = _generator()(**ASK).latents
     made = _generator(attention="torch_math")(**ASK).latents
     assert 0 < float((made - exact).norm() / exact.norm()) < 1e-4
