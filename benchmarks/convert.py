@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
@@ -203,7 +204,8 @@ def main() -> None:
         if need > free:
             raise SystemExit(f"needs {need / 1e9:.0f} GB of disk, {work} has {free / 1e9:.0f} GB; use fewer --layers")
         result: dict[str, Any] = {
-            "benchmark": "convert", "layers": args.layers, "parameters": parameters, "dtype": "bf16",
+            "benchmark": "convert", "command": shlex.join(["python", *sys.argv]),
+            "layers": args.layers, "parameters": parameters, "dtype": "bf16",
             "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform(),
                         "load_at_start": os.getloadavg()[0]},
             "startup_seconds": startup_seconds(),

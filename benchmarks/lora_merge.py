@@ -14,6 +14,8 @@ import json
 import os
 import platform
 import resource
+import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -86,8 +88,9 @@ def measure(layers: int, dtype: str, scratch: Path) -> dict[str, object]:
         # with the pages of the files that the kernel keeps mapped as long as nobody needs the memory
         "peak_resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "threads": torch.get_num_threads(),
-        "load_average": [round(x, 1) for x in os.getloadavg()], "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "load_average": [round(x, 1) for x in os.getloadavg()],
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs", "torch": torch.__version__,
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 

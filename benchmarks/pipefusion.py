@@ -13,12 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mindspeed_wan.platforms import get_platform
 
 PROMPT = "a red circle moves to the left"
 PATCHES = (2, 8)
@@ -34,7 +40,8 @@ def main() -> None:
                            start_method="spawn")
         rows = json.loads(result.read_text(encoding="utf-8"))
     found = {
-        "benchmark": "pipefusion", "model": args.model or "tiny, random weights", "device": args.device,
+        "benchmark": "pipefusion", "command": shlex.join(["python", *sys.argv]),
+        "machine": get_platform(args.device).device_name(), "model": args.model or "tiny, random weights",
         "stages": args.stages, "steps": args.steps, "size": args.size, "frames": args.frames,
         "torch": torch.__version__, "rows": rows,
     }

@@ -14,7 +14,8 @@ import argparse
 import copy
 import json
 import os
-import platform as host
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -166,8 +167,7 @@ def main() -> None:
     for row in rows:
         print(row)
     result = {
-        "command": "python benchmarks/quantization.py", "device": platform.name,
-        "machine": host.processor() or host.machine(), "torch": torch.__version__,
+        "command": shlex.join(["python", *sys.argv]), "machine": platform.device_name(), "torch": torch.__version__,
         "model": f"{CONFIG.num_layers} blocks of width {CONFIG.dim}, {tokens} tokens",
         "threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 1),
         "one A14B expert": expert_sizes(), "forward pass": rows,

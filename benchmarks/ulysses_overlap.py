@@ -54,6 +54,7 @@ def main() -> int:
     else:
         from tests.helpers.spawn import run_ranks
 
+        os.environ["MINDSPEED_WAN_DEVICE"] = "cpu"  # two ranks on one GPU would measure nothing
         ranks = 2
         rows = run_ranks(measure, ranks, options)[0]
     platform = get_platform()
