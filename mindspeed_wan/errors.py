@@ -6,6 +6,7 @@ only place that turns an error into a process exit, so no command ever shows a t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -100,6 +101,8 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit with its code; a ``WanError`` becomes one message on stderr.
 
+    So does what the system says about a path or a disk where no function had better words for it (exit code 3).
+
     Under the launcher (``mindspeed_wan.cli.launch``) the message goes to ``TORCHELASTIC_ERROR_FILE`` and the
     launcher prints it once for all ranks. ``MINDSPEED_WAN_TRACEBACK=1`` shows the traceback as well.
     """
@@ -109,22 +112,38 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main() or EXIT_OK
     except WanError as error:
-        if os.environ.get("MINDSPEED_WAN_TRACEBACK") == "1":
-            import traceback
-
-            traceback.print_exc()
-        _report(error)
-        code = error.exit_code
+        code = _fail(error)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         code = 141
+    except OSError as error:
+        if not _is_about_files(error):
+            raise
+        code = _fail(ResourceError(f"{error.strerror}", where=str(error.filename) if error.filename else None,
+                                   fix="look at the path, its permissions and the space on its disk"))
     sys.stdout.flush()
     sys.stderr.flush()
     if os.environ.get("RANK") is not None and code != EXIT_OK:
         # Other ranks may hang in a collective; a normal interpreter exit would wait for them.
         os._exit(code)
     sys.exit(code)
+
+
+def _fail(error: WanError) -> int:
+    """Report an error and return its exit code."""
+    if os.environ.get("MINDSPEED_WAN_TRACEBACK") == "1":
+        import traceback
+
+        traceback.print_exc()
+    _report(error)
+    return error.exit_code
+
+
+def _is_about_files(error: OSError) -> bool:
+    """Tell a folder that may not be read, a name that is too long or a full disk from a lost connection or a bug."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    return error.errno is not None and (error.filename is not None or error.errno in full)
 
 
 def _report(error: WanError) -> None:

@@ -1,0 +1,53 @@
+"""``run_main``: an exit code and one message, whatever a command's main raises."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from mindspeed_wan.errors import CheckpointError, run_main
+
+
+def _ends_with(code: int, error: BaseException) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)  # type: ignore[arg-type]
+    assert exit_.value.code == code
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MINDSPEED_WAN_LAUNCHED", "MINDSPEED_WAN_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_our_errors_give_their_code_and_message(capsys: pytest.CaptureFixture[str]) -> None:
+    _ends_with(4, CheckpointError("is damaged", where="a/b", fix="copy it again"))
+    assert capsys.readouterr().err == "error: a/b: is damaged\n  fix: copy it again\n"
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(errno.EACCES, "Permission denied", "/data/locked"),
+    OSError(errno.ENAMETOOLONG, "File name too long", "/data/" + "x" * 300),
+    OSError(errno.EROFS, "Read-only file system"), OSError(errno.ENOSPC, "No space left on device"),
+], ids=["permission", "long name", "read-only", "full"])
+def test_what_the_system_says_about_files_is_one_message(
+    error: OSError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ends_with(3, error)
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and error.strerror in text and str(error.filename or "") in text
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "Connection reset"), OSError("a bug"),
+                                   ValueError("a bug")])
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run_main(main)  # type: ignore[arg-type]
