@@ -217,7 +217,7 @@ def describe(walk: Walk) -> str:
     places = {
         "tiny model": walk.model, "clips": walk.data, "converted experts": walk.converted,
         "training runs": walk.out / "runs", "trained Diffusers folder": walk.exported,
-        "video": walk.video, "loss plot": walk.out / "loss.png",
+        "video": walk.video, "its frames": walk.video.with_suffix(".png"), "loss plot": walk.out / "loss.png",
         "logs of every stage": walk.out / "logs",
     }
     lines += [f"  {name:<24} {path}" for name, path in places.items()]
