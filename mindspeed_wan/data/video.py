@@ -362,10 +362,24 @@ def read_image(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = _eight_bit(ImageOps.exif_transpose(opened))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 layer = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
             return np.asarray(image.convert("RGB"))[None].copy()
     except Exception as error:  # Pillow raises many types for damaged files
         raise DataError(f"cannot read the image: {_reason(error)}", where=str(path)) from None
+
+
+def _eight_bit(image: Any) -> Any:
+    """Scale grey values of 16 bits, which Pillow's own conversion would cut off at 255 (a white picture)."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    from PIL import Image
+
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
+    return Image.fromarray((values / 257).round().astype(np.uint8))

@@ -224,8 +224,14 @@ def test_images_are_upright_and_opaque(tmp_path):
     exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
     image.save(tmp_path / "turned.png", exif=exif)
     Image.fromarray(np.dstack([frame, np.zeros(frame.shape[:2], np.uint8)])).save(tmp_path / "clear.png")
-    Image.fromarray((np.arange(64 * 96).reshape(64, 96) * 10).astype(np.uint16)).save(tmp_path / "deep.png")
+    deep = np.linspace(0, 65535, 64 * 96).reshape(64, 96)
+    for name, dtype in (("deep.png", np.uint16), ("deep.tif", np.uint16), ("wide.tif", np.int32)):
+        Image.fromarray(deep.astype(dtype)).save(tmp_path / name)
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
     assert np.array_equal(read_image(tmp_path / "plain.png")[0], frame)
     assert np.array_equal(read_image(tmp_path / "turned.png")[0], np.rot90(frame, -1))
     assert (read_image(tmp_path / "clear.png") == 255).all()
-    assert read_image(tmp_path / "deep.png").shape == (1, 64, 96, 3)
+    for name in ("deep.png", "deep.tif", "wide.tif"):
+        assert np.abs(read_image(tmp_path / name)[0, ..., 0] - deep / 257).max() <= 1, name
+    with pytest.raises(DataError, match="floating-point"):
+        read_image(tmp_path / "float.tif")
