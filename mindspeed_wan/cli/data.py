@@ -174,8 +174,9 @@ def _records(args: argparse.Namespace, *, strict: bool = True) -> tuple[list[Cli
 
         section = load_files(data=path).data
         if section.kind != "video":
+            is_ours = not str(section.data_path).endswith(".jsonl")  # else a folder that MindSpeed-MM wrote
             raise ConfigError("this data file names features, not clips", where=str(path),
-                              fix=f"mindspeed-wan features check {section.data_path}")
+                              fix=f"mindspeed-wan features check {section.data_path}" if is_ours else None)
         settings = clip_settings(section)
         path, folder = Path(str(section.data_path)), folder or (section.data_folder and Path(section.data_folder))
     problems = Problems()

@@ -137,5 +137,5 @@ def _check(args: argparse.Namespace) -> int:
 def _open(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     from mindspeed_wan.data.features import FeatureDataset
 
-    dataset = FeatureDataset(folder)
+    dataset = FeatureDataset(folder.parent if folder.name == "cache.json" else folder)
     return dataset, [row for row in dataset.rows if "bad" in row]

@@ -142,10 +142,10 @@ def read_identity(folder: Path) -> Identity:
             raise DataError(f"cache format {values['format']}; this version reads {FORMAT}", where=str(path),
                             fix="build the cache again")
         return Identity.from_dict(values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError("not a feature cache (no cache.json)", where=str(folder),
                         fix="mindspeed-wan features build --help") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DataError(f"damaged: {error}", where=str(path), fix="build the cache again") from None
 
 
