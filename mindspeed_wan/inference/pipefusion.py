@@ -11,12 +11,13 @@ Each stage keeps keys and values of its blocks for all tokens and both guidance 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindspeed_wan.inference.pipeline_stages import Pass, StagedModel
 from mindspeed_wan.models.wan.embeddings import unpatchify
@@ -67,33 +68,42 @@ class PipeFusion(StagedModel):
         self._patches, self._warmup = patches, warmup
         self._expert, self._whole_passes = "", dict[str, int]()
         self._place = _Place()
+        self._attention: dict[nn.Module, PatchAttention] = {}
 
     def begin(self, expert: str, step: int) -> None:
-        """Warm up again with each video and expert."""
+        """Warm up again with each video and expert, without the keys and values of the one before."""
         if expert != self._expert or step == 0:
             self._whole_passes.clear()
+            self._attention.clear()
         self._expert = expert
 
     def run(self, model: WanDiT, latents: Tensor, timestep: Tensor, passes: Sequence[Pass]) -> list[Tensor]:
         """Send whole passes or patches on as soon as they are done."""
-        self._take_over_attention(model)
         grid, outputs = model.grid(latents), []
-        for each in passes:
-            done = self._whole_passes.get(each.branch, 0)
-            self._place.branch, self._place.rows = each.branch, None
-            if done < self._warmup or self._patches == 1:
-                outputs.append(self._pass(model, grid, latents, timestep, each))
-            else:
-                outputs.append(self._patched(model, grid, latents, timestep, each))
-            self._whole_passes[each.branch] = done + 1
+        with self._patch_attention(model):
+            for each in passes:
+                done = self._whole_passes.get(each.branch, 0)
+                self._place.branch, self._place.rows = each.branch, None
+                if done < self._warmup or self._patches == 1:
+                    outputs.append(self._pass(model, grid, latents, timestep, each))
+                else:
+                    outputs.append(self._patched(model, grid, latents, timestep, each))
+                self._whole_passes[each.branch] = done + 1
         self.finish_sends()
         return self.share_velocities(model, latents, outputs)
 
-    def _take_over_attention(self, model: WanDiT) -> None:
-        for block in model.blocks:
-            attention: Any = block.self_attn
-            if not (isinstance(attention.attend, PatchAttention) and attention.attend.place is self._place):
-                attention.attend = PatchAttention(self._place)
+    @contextmanager
+    def _patch_attention(self, model: WanDiT) -> Iterator[None]:
+        """Attend through this runner; the model's own attention is back afterwards, for calls without PipeFusion."""
+        attentions: list[Any] = [block.self_attn for block in model.blocks]
+        before = [attention.attend for attention in attentions]
+        for attention in attentions:
+            attention.attend = self._attention.setdefault(attention, PatchAttention(self._place))
+        try:
+            yield
+        finally:
+            for attention, attend in zip(attentions, before):
+                attention.attend = attend
 
     def _patched(self, model: WanDiT, grid: Grid, latents: Tensor, timestep: Tensor, each: Pass) -> Tensor | None:
         """Run one pass patch by patch; returns the velocity on the last stage."""

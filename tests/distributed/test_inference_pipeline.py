@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_wan.inference.pipefusion import PipeFusion
+from mindspeed_wan.inference.pipefusion import PatchAttention, PipeFusion
 from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
-from mindspeed_wan.inference.pipeline_stages import Pass
+from mindspeed_wan.inference.pipeline_stages import Pass, StagedModel
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import build_wan
 from mindspeed_wan.parallel.dims import ParallelDims
@@ -48,7 +48,7 @@ def test_stages_make_the_video_of_one_rank(case: str) -> None:
 
 def _velocities(rank: int, world_size: int, weights: dict[str, Tensor], batch: Batch,
                 options: dict[str, int]) -> list[Tensor]:
-    """Return the velocities of three steps on the same input: its keys and values are never out of date."""
+    """Return the velocities of four steps on the same input: its keys and values are never out of date."""
     platform = get_platform("cpu")
     groups = build_groups(ParallelDims(world_size=world_size, pipeline=world_size), platform)
     model = build_wan(CONFIG, groups=groups, platform=platform).requires_grad_(False)
@@ -59,6 +59,10 @@ def _velocities(rank: int, world_size: int, weights: dict[str, Tensor], batch: B
         for step in range(3):
             runner.begin("high", step)
             found += runner.run(model, batch.latents, batch.timestep, [Pass("cond", cond), Pass("uncond", uncond)])
+        # A later call without PipeFusion finds the model as it was.
+        plain = StagedModel(groups)
+        found += plain.run(model, batch.latents, batch.timestep, [Pass("cond", cond), Pass("uncond", uncond)])
+        assert not any(isinstance(block.self_attn.attend, PatchAttention) for block in model.blocks)
     destroy()
     return found
 
