@@ -81,17 +81,36 @@ def _exports(spec: ClusterSpec) -> list[str]:
 
 def _srun(spec: ClusterSpec) -> str:
     words = ["srun", "--nodes", str(spec.nodes), "--ntasks-per-node", "1", "--kill-on-bad-exit=0",
+             "--cpu-bind=none",  # the launcher's ranks share all cores of the task
              "--output", f"{spec.host_path(spec.logs)}/%x-%j-node%n.log", "--open-mode", "append"]
+    # srun does not take over what sbatch was told (since Slurm 22.05).
+    words += ["--cpus-per-task", str(spec.resources.cpus)] if spec.resources.cpus else []
     command = ["bash", f"{spec.workdir}/{spec.script}", *spec.arguments]
     if spec.container is not None and spec.slurm.containers == "pyxis":
-        words += ["--container-image", spec.container.image, "--container-workdir", spec.workdir]
+        words += ["--container-image", _for_pyxis(spec.container.image), "--container-workdir", spec.workdir]
         mounts = ",".join(map(_binding, spec.mounts))
         words += ["--container-mounts", mounts] if mounts else []
     elif spec.container is not None:
         binds = [word for mount in spec.mounts for word in ("--bind", _binding(mount))]
         gpus = ["--nv"] if spec.device == "cuda" else []
-        command = ["apptainer", "exec", *gpus, *binds, "--pwd", spec.workdir, spec.container.image, *command]
+        command = ["apptainer", "exec", *gpus, *binds, "--pwd", spec.workdir, _for_apptainer(spec.container.image),
+                   *command]
     return shlex.join([*words, *command])
+
+
+def _for_pyxis(image: str) -> str:
+    """A registry ends with ``#``; without one the image is Docker Hub's, and a path is a squashfs file."""
+    registry, slash, name = image.partition("/")
+    if not slash or "#" in image or image.startswith((".", "/")):
+        return image
+    is_registry = "." in registry or ":" in registry or registry == "localhost"
+    return f"{registry}#{name}" if is_registry else image
+
+
+def _for_apptainer(image: str) -> str:
+    """An image of a registry has a scheme; anything else is a file."""
+    is_file = image.startswith((".", "/")) or image.endswith(".sif")
+    return image if is_file or "://" in image else f"docker://{image}"
 
 
 def _binding(mount: Mount) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mindspeed_wan.cli.main import dispatch
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.planning.cluster.environment import node_environment
 from mindspeed_wan.planning.cluster.render import TARGETS, render
-from mindspeed_wan.planning.cluster.spec import ClusterSpec, Mount, read_spec
+from mindspeed_wan.planning.cluster.spec import ClusterSpec, Container, Mount, read_spec
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "examples" / "wan2.2" / "cluster" / "cluster.yaml"
@@ -144,6 +145,27 @@ def test_sbatch_script_is_valid_bash(containers: str | None, spec: ClusterSpec, 
     assert f"#SBATCH --output={folder}/%x-%j.log" in text
     assert ("apptainer exec" in text) == (containers == "apptainer")
     assert ("--container-image" in text) == (containers == "pyxis")
+
+
+@pytest.mark.parametrize(("containers", "image", "word"), [
+    ("pyxis", "registry.example.com/team/wan:cann", "registry.example.com#team/wan:cann"),
+    ("pyxis", "localhost:5000/wan:1", "localhost:5000#wan:1"),
+    ("pyxis", "library/wan:1", "library/wan:1"),
+    ("pyxis", "registry.example.com#wan:1", "registry.example.com#wan:1"),
+    ("pyxis", "/images/wan.sqsh", "/images/wan.sqsh"),
+    ("apptainer", "registry.example.com/wan:1", "docker://registry.example.com/wan:1"),
+    ("apptainer", "/images/wan.sif", "/images/wan.sif"),
+    ("apptainer", "oras://registry.example.com/wan:1", "oras://registry.example.com/wan:1"),
+])
+def test_images_are_spelt_as_each_container_runtime_reads_them(containers: str, image: str, word: str,
+                                                               spec: ClusterSpec, tmp_path: Path) -> None:
+    slurm = spec.slurm.model_copy(update={"containers": containers})
+    resources = spec.resources.model_copy(update={"cpus": 96})
+    changed = spec.model_copy(update={"slurm": slurm, "container": Container(image=image), "resources": resources})
+    (line,) = [line for line in render(changed, "slurm", tmp_path).read_text().splitlines() if line.startswith("srun")]
+    words = shlex.split(line.removesuffix(" &"))
+    assert word in words
+    assert words[words.index("--cpus-per-task") + 1] == "96"
 
 
 FAKE_SRUN = """#!/usr/bin/env bash
