@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mindspeed_wan.diffusion.schedule import SigmaSchedule
     from mindspeed_wan.inference.calibration import Recorder
-    from mindspeed_wan.inference.step_cache import CachePlan, StepCache
-    from mindspeed_wan.models.wan.model import WanDiT
+    from mindspeed_wan.inference.step_cache import CachePlan, Modulation, StepCache
 
 METHODS = ("none", "teacache", "magcache", "taylorseer")
 _MAGCACHE_RETENTION = {"t2v-A14B": 0.4, "i2v-A14B": 0.1}
@@ -130,11 +129,9 @@ class CacheOptions:
 
         compute = [True] * schedule.num_steps
 
-        def replan(first: int, model: WanDiT) -> CachePlan:
+        def replan(first: int, modulation: Modulation) -> CachePlan:
             span = next(s for s in spans if s.start == first)
-            device = model.patch_embedding.weight.device
-            modulations = [model.time_modulation(schedule.timestep(step, 1, device)) for step in span]
-            changes = [0.0] * first + modulation_changes(modulations, [range(len(span))])
+            changes = [0.0] * first + modulation_changes([modulation(step) for step in span], [range(len(span))])
             part = teacache_plan(changes, [span], polynomial=sets[min(spans.index(span), len(sets) - 1)],
                                  threshold=self._threshold())
             compute[span.start : span.stop] = part.compute[span.start : span.stop]

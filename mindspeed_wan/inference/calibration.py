@@ -19,9 +19,8 @@ from torch import Tensor
 from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.cache_tables import MagnitudeTable
-from mindspeed_wan.inference.step_cache import RunBlocks, expert_spans, modulation_changes
+from mindspeed_wan.inference.step_cache import Modulation, RunBlocks, expert_spans, modulation_changes
 from mindspeed_wan.inference.video_io import write_json
-from mindspeed_wan.models.wan.model import WanDiT
 
 _DEGREE = 4
 _POINTS_PER_COEFFICIENT = 2
@@ -51,13 +50,12 @@ class Recorder:
         self._step, self._expert = 0, ""
         self._residuals: dict[str, Tensor] = {}
 
-    def begin(self, step: int, expert: str, model: WanDiT) -> None:
+    def begin(self, step: int, expert: str, modulation: Modulation) -> None:
         """Tell which step of which expert comes."""
         if expert != self._expert or step == 0:
             self._residuals.clear()
         if step not in self._modulations:
-            device = model.patch_embedding.weight.device
-            self._modulations[step] = model.time_modulation(self.schedule.timestep(step, 1, device)).cpu()
+            self._modulations[step] = modulation(step).cpu()
         self._step, self._expert = step, expert
 
     def around(self, branch: str) -> Callable[[Tensor, RunBlocks], Tensor]:

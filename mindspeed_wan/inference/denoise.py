@@ -132,7 +132,8 @@ class Denoiser:
         """Return the guided velocity of one step."""
         model, cache, mode = self._experts.use(held.expert), self._cache, self._plan.modes[step]
         if cache is not None:
-            cache.begin(step, held.expert, model)
+            cache.begin(step, held.expert, lambda other: self._runner.time_modulation(
+                model, self._schedule.timestep(other, 1, x.device)))
         inputs = x if conditions.channels is None else torch.cat([x, conditions.channels.to(x.dtype)], dim=1)
 
         self._runner.begin(held.expert, step)

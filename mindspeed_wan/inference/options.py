@@ -178,8 +178,6 @@ class GenerateOptions:
                              "--memory sequential to have one expert at a time on the device")
             if self.cache.calibrate is not None:
                 found.append("--calibrate_cache measures whole models; run it without pipeline stages")
-            if self.lora.merge and self.lora:
-                found.append("merging LoRA files is done on whole models; leave them unmerged with pipeline stages")
         return found
 
     def _choice_problems(self) -> list[str]:

@@ -43,6 +43,10 @@ class Runner(Protocol):
     def begin(self, expert: str, step: int) -> None:
         """Tell which step comes, and whose."""
 
+    def time_modulation(self, model: WanDiT, timestep: Tensor) -> Tensor:
+        """Return the modulation of ``timestep``, as ``WanDiT.time_modulation``. Collective."""
+        ...
+
     def encode_text(self, model: WanDiT, text: Tensor, image_embeds: Tensor | None) -> TextContext:
         """Return the keys and values of this rank's blocks, as ``WanDiT.encode_text``. Collective."""
         ...
@@ -57,6 +61,10 @@ class WholeModel:
 
     def begin(self, expert: str, step: int) -> None:
         """Nothing is kept from step to step."""
+
+    def time_modulation(self, model: WanDiT, timestep: Tensor) -> Tensor:
+        """Embed."""
+        return model.time_modulation(timestep)
 
     def encode_text(self, model: WanDiT, text: Tensor, image_embeds: Tensor | None) -> TextContext:
         """Encode."""
@@ -92,6 +100,12 @@ class StagedModel:
 
     def begin(self, expert: str, step: int) -> None:
         """Nothing is kept from step to step."""
+
+    def time_modulation(self, model: WanDiT, timestep: Tensor) -> Tensor:
+        """Embed on the first stage, which alone has the weights, and share."""
+        if self.is_first:
+            return self.from_stage(0, model.time_modulation(timestep))
+        return self.from_stage(0, torch.empty(len(timestep), 6, model.config.dim, device=timestep.device))
 
     def encode_text(self, model: WanDiT, text: Tensor, image_embeds: Tensor | None) -> TextContext:
         """Embed on the first stage, share, and project for this stage's blocks."""

@@ -21,9 +21,10 @@ from torch import Tensor
 from mindspeed_wan.diffusion.schedule import SigmaSchedule
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.cache_tables import MagnitudeTable
-from mindspeed_wan.models.wan.model import WanDiT
 
 RunBlocks = Callable[[Tensor], Tensor]
+Modulation = Callable[[int], Tensor]
+"""Gives the modulation of a step's timestep by the weights of the expert that runs now."""
 
 
 @dataclass(frozen=True)
@@ -206,18 +207,19 @@ class _Memory:
 class StepCache:
     """Follows a plan inside the denoising loop; one memory per guidance branch, dropped when the expert changes.
 
-    Use: ``begin(step, expert, model)`` at each step, then pass ``around(branch)`` to the model's ``around_blocks``.
+    Use: ``begin(step, expert, modulation)`` at each step, then pass ``around(branch)`` to the model's
+    ``around_blocks``.
 
     Args:
         plan: what to do at every step.
-        replan: called with (first step of the expert, its model) when an expert takes over, for plans that read the
-            model's weights (TeaCache); returns the plan to follow from there.
+        replan: called with (first step of the expert, its modulations) when an expert takes over, for plans that
+            depend on its weights (TeaCache); returns the plan to follow from there.
 
     Attributes:
         computed: whether the last call of ``around`` ran the blocks.
     """
 
-    def __init__(self, plan: CachePlan, replan: Callable[[int, WanDiT], CachePlan] | None = None) -> None:
+    def __init__(self, plan: CachePlan, replan: Callable[[int, Modulation], CachePlan] | None = None) -> None:
         self.plan, self._replan = plan, replan
         self._step, self._expert = 0, ""
         self._memory: dict[str, _Memory] = {}
@@ -229,12 +231,12 @@ class StepCache:
         self._restarts = steps
         self.plan = self.plan.with_computed(steps)
 
-    def begin(self, step: int, expert: str, model: WanDiT) -> None:
+    def begin(self, step: int, expert: str, modulation: Modulation) -> None:
         """Tell which step comes; a new expert (or a new video) starts with nothing remembered."""
         if expert != self._expert or step == 0:
             self._memory.clear()
             if self._replan is not None:
-                self.plan = self._replan(step, model).with_computed(self._restarts)
+                self.plan = self._replan(step, modulation).with_computed(self._restarts)
         if step in self._restarts:
             self._memory.pop("uncond", None)
         self._step, self._expert = step, expert

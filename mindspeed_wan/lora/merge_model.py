@@ -30,7 +30,7 @@ def merge_into_model(
     """
     report = MergeReport()
     for name in touched_parameters(loras):
-        if name in skip:
+        if name in skip or name not in model.param_layout:  # the latter is another pipeline stage's
             continue
         parameter = model.get_parameter(name)
         if not parameter.is_floating_point():

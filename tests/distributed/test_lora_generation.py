@@ -54,6 +54,22 @@ def _generate(rank: int, world_size: int, options: dict[str, Any]) -> torch.Tens
     return generator("a fox", size=(64, 96), num_frames=5, steps=6, seed=3, decode=False).latents
 
 
+def shortened(name: str) -> dict[str, Any]:
+    """Return what makes a generation cheaper, by name: it has to know the adapters on every stage."""
+    from mindspeed_wan.inference.cache_options import CacheOptions
+    from mindspeed_wan.inference.quantize_options import QuantizeOptions
+
+    return {
+        "exact": {},
+        "taylorseer": {"cache": CacheOptions(method="taylorseer", interval=2)},
+        "teacache": {"cache": CacheOptions(method="teacache", threshold=10.0, coefficients=((1.0, 0.0),))},
+        "int8": {"quantize": QuantizeOptions(dit="int8_weight_only")},
+        "merged": {"merge": True},
+        "int8 merged": {"quantize": QuantizeOptions(dit="int8_weight_only"), "merge": True},
+        "fp8 streamed": {"quantize": QuantizeOptions(dit="fp8_weight_only"), "memory": "sequential"},
+    }[name]
+
+
 @functools.cache
 def reference() -> torch.Tensor:
     tiny_pipeline_folder()  # made before the ranks are forked
@@ -68,6 +84,16 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_adapters_act_on_every_layout_as_on_one_rank(options: dict[str, Any]) -> None:
     for rank, latents in enumerate(run_ranks(_generate, 2, {**options, "files": adapters()})):
         assert relative(latents, reference()) <= 1e-5, f"rank {rank}"
+
+
+@pytest.mark.parametrize("name", ["taylorseer", "int8", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "exact", "teacache", "merged", "int8 merged", "fp8 streamed"))])
+def test_over_pipeline_stages(name: str) -> None:
+    options = {**shortened(name), "files": adapters()}
+    expected = run_ranks(_generate, 1, options)[0]
+    assert name in ("exact", "merged") or relative(expected, reference()) > 1e-4
+    for latents in run_ranks(_generate, 2, {**options, "layout": {"pipeline": 2}}):
+        assert relative(latents, expected) <= 1e-5
 
 
 def test_the_adapters_change_the_video() -> None:

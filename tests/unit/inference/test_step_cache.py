@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,11 +136,11 @@ def test_no_plan_crosses_the_switch(steps, shift, boundary, interval, threshold)
         assert len(plan.compute) == steps and all(plan.compute[span.start] for span in spans)
 
 
-def _drive(cache, functions, plan_steps: int, switch: int, model=None) -> list[torch.Tensor]:
+def _drive(cache, functions, plan_steps: int, switch: int, modulation=None) -> list[torch.Tensor]:
     """Run the cache over steps of a model whose residual at step i is ``functions(i)``."""
     outputs = []
     for step in range(plan_steps):
-        cache.begin(step, "high" if step < switch else "low", model)
+        cache.begin(step, "high" if step < switch else "low", modulation)
         x = torch.full((2, 1, 3), float(step))
         outputs.append(cache.around("cond")(x, lambda y, step=step: y + functions(step)) - x)
     return outputs
@@ -184,22 +183,20 @@ def test_branches_do_not_share_their_memory() -> None:
     assert float(cache.around("cond")(x, lambda y: y + 5)) == 5
 
 
-def _model(modulation) -> SimpleNamespace:
-    """What a recorder asks of a model: the time modulation."""
-    return SimpleNamespace(patch_embedding=SimpleNamespace(weight=torch.zeros(1)), time_modulation=modulation)
-
-
 def test_recorder_measures_ratio_and_polynomial_and_its_file_comes_back(tmp_path: Path) -> None:
     schedule = sigmas(12, 5.0, "official", "unipc")
     spans = step_cache.expert_spans(schedule, 0.875)
     switch = spans[1].start
     recorder = calibration.Recorder(schedule)
-    model = _model(lambda t: torch.full((1, 6, 2), 1.0) * t.square())
-    _drive(recorder, lambda i: torch.full((2, 1, 3), 0.9**i), 12, switch=switch, model=model)
+
+    def modulation(step: int) -> torch.Tensor:
+        return torch.full((1, 6, 2), 1.0) * schedule.timestep(step).square()
+
+    _drive(recorder, lambda i: torch.full((2, 1, 3), 0.9**i), 12, switch=switch, modulation=modulation)
     table = recorder.table(shift=5.0, boundary=0.875)
     for step in range(1, 12):
         assert math.isnan(table.ratios[step]) if step == switch else table.ratios[step] == pytest.approx(0.9, rel=1e-4)
-    changes = step_cache.modulation_changes([model.time_modulation(schedule.timestep(i)) for i in range(12)], spans)
+    changes = step_cache.modulation_changes([modulation(step) for step in range(12)], spans)
     for span, polynomial in zip(spans, table.polynomials, strict=True):
         for step in span[1:]:  # the residual shrinks by 0.1 of itself at every step, whatever the embedding does
             assert step_cache.polynomial_at(polynomial, changes[step]) == pytest.approx(0.1, abs=1e-3)
@@ -215,10 +212,10 @@ def test_recorder_measures_ratio_and_polynomial_and_its_file_comes_back(tmp_path
 def test_ranks_and_videos_are_averaged() -> None:
     schedule = sigmas(3, 5.0, "official", "unipc")
     one, other = calibration.Recorder(schedule), calibration.Recorder(schedule)
-    model = _model(lambda t: t.view(1, 1, 1))
     for recorder, factors in ((one, (0.9, 0.7)), (other, (0.5,))):
         for factor in factors:  # one video each
-            _drive(recorder, lambda i, factor=factor: torch.full((2, 1, 3), factor**i), 3, switch=3, model=model)
+            _drive(recorder, lambda i, factor=factor: torch.full((2, 1, 3), factor**i), 3, switch=3,
+                   modulation=lambda step: schedule.timestep(step).view(1, 1, 1))
     assert one.table(shift=5.0, boundary=None).ratios[1] == pytest.approx(0.8)
     both = one.table(shift=5.0, boundary=None, samples=[one.samples(), other.samples()])
     assert both.ratios[1:] == pytest.approx((0.7, 0.7))
