@@ -96,13 +96,17 @@ class JointFeed:
         if self._course.first < self._course.stop and ever_encodes(self._course.events, self._link.rank,
                                                                    self._world_size):
             self._encoders = Encoders(config, ParallelGroups(), platform)
+        logs = _Logs(data, saves, config.data.max_bad_fraction)
         self._batches = load_batches(
             data.dataset, self._own_keys(evaluation=False),
             num_workers=0 if self._encoders is None else config.training.num_workers,
             pin_memory=config.data.pin_memory and platform.device_type == "cuda",
-            bad_samples=_Logs(data, saves, config.data.max_bad_fraction),
+            bad_samples=logs,
         )
-        self._evaluation_batches = load_batches(evaluated.dataset, self._own_keys(evaluation=True))
+        self._evaluation_batches = load_batches(
+            evaluated.dataset, self._own_keys(evaluation=True),
+            bad_samples=logs if evaluated is data else evaluated.bad_sample_log(None, config.data.max_bad_fraction),
+        )
         # encoder_offload_interval counts micro-batches of a data rank; here whole events are encoded together.
         per_event = config.gradient_accumulation(len(board.own))
         self._together = math.ceil(config.model.encoder_offload_interval / per_event)

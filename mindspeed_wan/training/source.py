@@ -53,6 +53,8 @@ class BatchSource:
             self.data.dataset, self.data.sampler, schedule, num_workers=training.num_workers,
             pin_memory=section.pin_memory and platform.device_type == "cuda", bad_samples=log,
         )
+        is_own = self.evaluation_data is self.data
+        self._evaluation_log = log if is_own else self.evaluation_data.bad_sample_log(None, section.max_bad_fraction)
         self.description = self.data.describe(batch)
         if self.evaluation_data is not self.data:
             self.description += [f"validation {line}" for line in self.evaluation_data.describe(batch)]
@@ -70,7 +72,8 @@ class BatchSource:
     def evaluation(self) -> Iterator[MicroBatch]:
         """Return a fresh pass over the evaluation samples in file order; deterministic, so it can run right here."""
         sampler = evaluation_order(self.evaluation_data, self._seed)
-        return build_loader(self.evaluation_data.dataset, sampler, replace(self._schedule, consumed=0))
+        return build_loader(self.evaluation_data.dataset, sampler, replace(self._schedule, consumed=0),
+                            bad_samples=self._evaluation_log)
 
 
 def evaluation_data(config: RunConfig, training: OpenedData) -> OpenedData:
