@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mindspeed_wan.errors import CheckpointError, ConfigError
+from mindspeed_wan.inference.adapters import read_adapters
 from mindspeed_wan.inference.flags import parse
 from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.inference.options import NEGATIVE_PROMPT
@@ -124,6 +127,28 @@ def test_a_file_of_the_other_expert_is_refused(files: dict[str, Path], tmp_path:
         generate(LoraOptions(low_paths=(file,)))
 
 
+def test_keys_without_a_place_and_files_without_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stem, width = "diffusion_model.blocks.0.{}", architecture().dim
+    tensors = {stem.format(f"{module}.{end}"): torch.ones(shape) for module in ("self_attn.q", "cross_attn.k_img")
+               for end, shape in (("lora_down.weight", (4, width)), ("lora_up.weight", (width, 4)))}
+    save_file(tensors, tmp_path / "distilled.safetensors")
+    stored = random_lora(architecture(), rank=4, alpha=8.0)
+    stated = write_lora(stored, tmp_path / "stated.safetensors", architecture(), "kohya2")
+
+    def read(*flags: str) -> list[tuple[float, int]]:
+        chosen = options_of("--lora_path", str(tmp_path / "distilled.safetensors"), str(stated), *flags).lora
+        runtime: Any = SimpleNamespace(rank=0, agree=lambda function: function())
+        found = read_adapters(chosen, architecture(), ("high", "low"), runtime)
+        assert found is not None
+        return [(next(iter(lora.adapters.values())).alpha, len(lora.unmatched)) for lora, _ in found.files["low"]]
+
+    with pytest.raises(CheckpointError, match="k_img"):
+        read()
+    assert read("--lora_allow_unmatched") == [(4.0, 2), (8.0, 0)]
+    assert "2 keys" in capsys.readouterr().out
+    assert read("--lora_allow_unmatched", "--lora_alpha", "2") == [(2.0, 2), (8.0, 0)]
+
+
 def options_of(*flags: str) -> Any:
     return parse(["--ckpt_dir", str(tiny_pipeline_folder()), "--prompt", "x", *flags], world_size=1)
 
@@ -139,7 +164,9 @@ def test_flags(files: dict[str, Path]) -> None:
     assert options_of("--GPU_memory_mode", "model_full_load").memory == "resident"
     for wrong, text in ((("--lora_path", "/nowhere.safetensors"), "does not exist"),
                         (("--lora_path", low, "--lora_weight", "1", "2"), "2 values for 1 files"),
-                        (("--sample_preset", "light"), "lightx2v"), (("--lora_merge",), "without --lora_path")):
+                        (("--sample_preset", "light"), "lightx2v"), (("--lora_merge",), "without --lora_path"),
+                        (("--lora_path", low, "--lora_weight", "nan"), "nan is not a number"),
+                        (("--lora_path", low, "--lora_alpha", "0"), "is not positive")):
         with pytest.raises(ConfigError, match=text):
             options_of(*wrong)
 
