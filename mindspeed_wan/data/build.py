@@ -72,17 +72,25 @@ class OpenedData:
             lines.append(f"data: drop_last leaves out {dropped} clips of {_text(left_shape)} in each epoch")
         return lines
 
-    def bad_sample_log(self, path: Path | None, max_fraction: float, *, write: bool = True) -> BadSampleLog:
+    def bad_sample_log(self, path: Path | None, max_fraction: float, *, write: bool = True, is_first: bool = True
+                       ) -> BadSampleLog:
         """Return the log of bad clips, with those found at start-up already in it.
+
+        Args:
+            path: its file; ``None`` keeps the count in memory only.
+            max_fraction: share of bad clips above which the run stops.
+            write: whether this rank writes down the bad clips it meets.
+            is_first: whether this rank writes down those found at start-up, which every rank finds.
 
         Raises:
             DataError: these alone are more than the run accepts.
         """
         total = len(self.dataset) + len(self.unreadable)
-        log = BadSampleLog(path, total, max_fraction, write=write)
+        log = BadSampleLog(path, total, max_fraction, write=write and is_first)
         # Clips found at start-up have no index in the data set: they count from its end.
         log.add(BadSample(len(self.dataset) + number, str(record.path), record.where, reason)
                 for number, (record, reason) in enumerate(self.unreadable))
+        log.write = write
         return log
 
 

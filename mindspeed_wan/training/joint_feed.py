@@ -96,7 +96,7 @@ class JointFeed:
         if self._course.first < self._course.stop and ever_encodes(self._course.events, self._link.rank,
                                                                    self._world_size):
             self._encoders = Encoders(config, ParallelGroups(), platform)
-        logs = _Logs(data, saves, config.data.max_bad_fraction)
+        logs = _Logs(data, saves, config.data.max_bad_fraction, is_first=self._link.rank == 0)
         self._batches = load_batches(
             data.dataset, self._own_keys(evaluation=False),
             num_workers=0 if self._encoders is None else config.training.num_workers,
@@ -308,9 +308,10 @@ def agree(config: RunConfig, groups: ParallelGroups | None, progress: Progress, 
 class _Logs:
     """Notes bad clips in the save folders of both experts."""
 
-    def __init__(self, data: OpenedData, saves: Iterable[str | None], max_fraction: float) -> None:
+    def __init__(self, data: OpenedData, saves: Iterable[str | None], max_fraction: float, *, is_first: bool) -> None:
         self._logs: list[BadSampleLog] = [
-            data.bad_sample_log(Path(save) / BAD_SAMPLES_FILE if save else None, max_fraction) for save in saves]
+            data.bad_sample_log(Path(save) / BAD_SAMPLES_FILE if save else None, max_fraction, is_first=is_first)
+            for save in saves]
 
     def add(self, samples: Iterable[BadSample]) -> None:
         """Note bad samples; raises ``DataError`` when there are too many."""

@@ -48,7 +48,8 @@ class BatchSource:
         self._seed, self._schedule = training.seed, schedule
         save = config.checkpoint.save
         log = self.data.bad_sample_log(Path(save) / BAD_SAMPLES_FILE if save else None, section.max_bad_fraction,
-                                        write=groups.tp_rank == groups.cp_rank == groups.pp_rank == 0)
+                                        write=groups.tp_rank == groups.cp_rank == groups.pp_rank == 0,
+                                        is_first=groups.dp_rank == 0)
         self._batches = build_loader(
             self.data.dataset, self.data.sampler, schedule, num_workers=training.num_workers,
             pin_memory=section.pin_memory and platform.device_type == "cuda", bad_samples=log,

@@ -12,9 +12,11 @@ import torch
 
 from mindspeed_wan.data import manifest
 from mindspeed_wan.data.bad_samples import BadSample, BadSampleLog
-from mindspeed_wan.data.dataset import ClipDataset, prepare
+from mindspeed_wan.data.build import OpenedData
+from mindspeed_wan.data.dataset import ClipDataset, KeyedDataset, prepare
 from mindspeed_wan.data.loader import Schedule, build_loader
 from mindspeed_wan.data.plan import ClipSettings
+from mindspeed_wan.data.records import ClipRecord, RowSource
 from mindspeed_wan.data.sampler import GlobalBatchSampler
 from mindspeed_wan.errors import DataError, ResourceError
 from tests.helpers.odd_media import numbered_frames, odd_files, write_stream
@@ -158,6 +160,16 @@ def test_ranks_share_the_count_through_the_file(tmp_path):
         file.write('{"index": 9, "pa')  # another rank is just writing
     with pytest.raises(DataError, match="3 of 10"):
         first.add([BadSample(3, "c", "f:3", "torn")])
+
+
+def test_what_every_rank_finds_at_start_up_is_written_once(tmp_path):
+    record = ClipRecord(tmp_path / "torn.mp4", ("x",), RowSource("d.jsonl", 3))
+    dataset = KeyedDataset([("x",)] * 4, [(1, 16, 16)] * 4, 0, 0.0)
+    data = OpenedData(dataset, GlobalBatchSampler(len(dataset)), unreadable=[(record, "torn")])
+    logs = [data.bad_sample_log(tmp_path / "bad.jsonl", 0.5, is_first=rank == 0) for rank in (1, 0, 2)]
+    assert all(list(log.found) == [4] for log in logs)
+    logs[0].add([BadSample(1, "b.mp4", "d.jsonl:2", "torn")])
+    assert [json.loads(line)["index"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [4, 1]
 
 
 def test_a_wrong_annotation_is_a_bad_clip(tmp_path):
