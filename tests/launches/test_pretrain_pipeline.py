@@ -97,8 +97,10 @@ def test_stages_in_bf16_follow_the_run_of_one_rank(world: World, tmp_path: Path)
     assert_same(metrics(two), metrics(one), tolerance=1e-2)
 
 
-def test_adapters_of_every_stage_are_trained_and_written(tiny: World, tmp_path: Path) -> None:
-    lora = ["--lora-r", "4", "--lora-alpha", "8", "--lora-target-modules", "proj_q,proj_v,ffn.0"]
+@pytest.mark.parametrize("base", [[], ["--base-dtype", "int8"], pytest.param(
+    ["--base-dtype", "fp8", "--bf16"], marks=pytest.mark.slow)], ids=" ".join)
+def test_adapters_of_every_stage_are_trained_and_written(base: list[str], tiny: World, tmp_path: Path) -> None:
+    lora = ["--lora-r", "4", "--lora-alpha", "8", "--lora-target-modules", "proj_q,proj_v,ffn.0", *base]
     one, two = tmp_path / "one", tmp_path / "two"
     run_ranks(train_rank, 1, tiny.flags(one, *lora), init=False)
     run_ranks(train_rank, 2, tiny.flags(two, *lora, *PP2))
