@@ -63,7 +63,7 @@ def grouped(title: str, values: Mapping[str, Mapping[str, float]]) -> str:
         else:
             axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0)
 
-    return _svg(title, draw)
+    return _svg(title, draw, legend_outside=True)  # bars leave no room for it
 
 
 def thin(points: Points) -> Points:
@@ -84,7 +84,7 @@ def smooth(points: Points) -> Points:
     return result
 
 
-def _svg(title: str, draw: Callable[[Any], None]) -> str:
+def _svg(title: str, draw: Callable[[Any], None], *, legend_outside: bool = False) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -96,7 +96,9 @@ def _svg(title: str, draw: Callable[[Any], None]) -> str:
         draw(axes)
         axes.set_title(title)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
+        if legend_outside:
+            picture.legend(loc="outside right upper")
+        elif axes.get_legend_handles_labels()[0]:
             axes.legend()
         buffer = io.StringIO()
         picture.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -24,8 +24,8 @@ EMBED_LIMIT_BYTES = 2_000_000
 PAGE_LIMIT_BYTES = 100_000_000
 """A page with more videos than this links them all: browsers would choke on it."""
 
-MIME_TYPES = {".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm", ".mkv": "video/x-matroska",
-              ".avi": "video/x-msvideo"}
+MIME_TYPES = {".webm": "video/webm", ".mkv": "video/x-matroska", ".avi": "video/x-msvideo"}
+"""Of what is not called MP4; browsers play QuickTime's files under that name only."""
 
 PLOTS = {
     "psnr_db": "PSNR, dB", "ssim": "SSIM", "flicker": "flicker (1 is still)", "motion": "motion, pixels per frame",
@@ -47,16 +47,24 @@ figure{margin:0}video{max-width:280px;background:#0003}figcaption{font-size:.85e
 """
 
 SYNC = """
+// The longest player of a row goes round; a shorter one waits on its last frame until then. Where one is moved by hand,
+// the others follow; `led` are those moved by another one, the end of whose seek moves nobody.
 for (const row of document.querySelectorAll('.row')) {
-  const all = [...row.querySelectorAll('video')];
-  const led = new Set();  // players that another one has moved: the end of their own seek moves nobody
-  const move = (o, time) => { if (Math.abs(o.currentTime - time) > 0.05) { led.add(o); o.currentTime = time; } };
+  const all = [...row.querySelectorAll('video')], led = new Set(), length = o => o.duration || 0;
+  const longest = () => all.reduce((a, b) => length(b) > length(a) ? b : a);
+  const follow = (o, v) => {
+    const time = Math.min(v.currentTime, length(o));
+    if (Math.abs(o.currentTime - time) > 0.05) { led.add(o); o.currentTime = time; }
+    if (!v.paused && o.paused && time < length(o)) o.play().catch(() => {});
+  };
   for (const v of all) {
     const others = all.filter(o => o !== v);
-    v.addEventListener('play', () => others.forEach(o => {
-      if (o.paused) { move(o, v.currentTime); o.play().catch(() => {}); } }));
-    v.addEventListener('pause', () => others.forEach(o => o.pause()));
-    v.addEventListener('seeked', () => { if (!led.delete(v)) others.forEach(o => move(o, v.currentTime)); });
+    v.addEventListener('play', () => {
+      all.forEach(o => { o.loop = o === longest(); });
+      others.forEach(o => { if (o.paused) follow(o, v); });
+    });
+    v.addEventListener('pause', () => { if (!v.ended) others.forEach(o => o.pause()); });
+    v.addEventListener('seeked', () => { if (!led.delete(v)) others.forEach(o => follow(o, v)); });
   }
 }
 """
