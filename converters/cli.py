@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from mindspeed_wan.errors import ConfigError, did_you_mean, run_main
+from mindspeed_wan.errors import ConfigError, did_you_mean, nearest_option, run_main
 from mindspeed_wan_converters.verbs import CONVERTERS, ELSEWHERE, VERBS, run_verb
 
 _DTYPES = ("fp32", "bf16", "fp16")
@@ -114,11 +114,10 @@ _PATTERN_FIX = ("give one source and one target; the shell turns a pattern like 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Turn argparse's exit into our error, with the nearest option for a typo."""
-        word = next((w for w in message.split() if w.startswith("--")), "").partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
-        if not word and message.startswith("unrecognized arguments"):
+        if message.startswith("unrecognized arguments") and "--" not in message:
             raise ConfigError(message, fix=_PATTERN_FIX)
-        raise ConfigError(message, fix=did_you_mean(word, known) or "mm-convert --help lists the options")
+        raise ConfigError(message, fix=nearest_option(message, known) or "mm-convert --help lists the options")
 
 
 def _parser() -> argparse.ArgumentParser:

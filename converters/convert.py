@@ -187,7 +187,7 @@ def _clean(path: Path) -> Path:
 def _check_paths(options: Options) -> None:
     if _is_placeholder_link(options):
         return
-    source, target = options.source.resolve(), options.target.resolve()
+    source, target = (Path(os.path.realpath(path)) for path in (options.source, options.target))  # links may loop
     if source == target:
         raise ConfigError("source and target are the same folder", where=str(source), fix="choose another target")
     if source.is_relative_to(target):

@@ -98,6 +98,14 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     return f"did you mean '{close[0]}'?" if close else ""
 
 
+def nearest_option(message: str, known: list[str]) -> str:
+    """Return ``"did you mean '--x'?"`` where argparse's ``message`` is about an option it does not know."""
+    if not message.startswith("unrecognized arguments"):
+        return ""
+    word = next((word for word in message.split() if word.startswith("--")), "").partition("=")[0]
+    return did_you_mean(word, known) if word else ""
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit with its code; a ``WanError`` becomes one message on stderr.
 

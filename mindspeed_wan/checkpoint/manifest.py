@@ -160,7 +160,8 @@ def confined(folder: Path, name: str) -> Path:
     """Return ``folder/name``; ``CheckpointError`` when ``name`` leads outside ``folder`` (``..``, absolute, link)."""
     path = folder / name
     plain = bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not plain or not _stays_inside(path.resolve(), folder.resolve()):
+    # realpath, since a link that leads to itself is an error to resolve()
+    if not plain or not _stays_inside(Path(os.path.realpath(path)), Path(os.path.realpath(folder))):
         raise CheckpointError(f"file name {name!r} leads outside the folder", where=str(folder),
                               fix="do not use this checkpoint: it names files it has no business with")
     return path

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ def refuse_stand_in(path: str | os.PathLike[str]) -> None:
     """Raise ``CheckpointError`` when ``path`` is missing, empty, a git-lfs pointer or a web page."""
     path = Path(path)
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # a pipe would be waited for
+            raise CheckpointError("is not a regular file", where=str(path))
+        size = found.st_size
         with open(path, "rb") as stream:
             head = stream.read(512)
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mindspeed_wan.config.expert_range import ExpertRange
-from mindspeed_wan.errors import ConfigError, did_you_mean
+from mindspeed_wan.errors import ConfigError, nearest_option
 from mindspeed_wan.lora.spec import match_targets, parse_targets
 from mindspeed_wan.models.wan.config import PRESETS, WanConfig
 
@@ -83,9 +83,8 @@ class ImportParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving."""
-        word = next((w for w in message.split() if w.startswith("--")), "").partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
-        raise ConfigError(f"{self.tool}'s command: {message}", fix=did_you_mean(word, known) or
+        raise ConfigError(f"{self.tool}'s command: {message}", fix=nearest_option(message, known) or
                           f"give the words after the script as {self.tool}'s Wan examples write them")
 
 

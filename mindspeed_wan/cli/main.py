@@ -10,10 +10,11 @@ import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from mindspeed_wan import __version__
-from mindspeed_wan.errors import ConfigError, did_you_mean, run_main
+from mindspeed_wan.errors import ConfigError, did_you_mean, nearest_option, run_main
 
 COMMANDS = {
     "doctor": ("mindspeed_wan.cli.doctor", "what this machine can run, and the fix for what it cannot"),
@@ -32,6 +33,24 @@ COMMANDS = {
     "cluster": ("mindspeed_wan.cli.cluster", "job files for Slurm, Volcano, Kubeflow and ModelArts"),
 }
 """Name -> (module, help). A command whose module is not part of the installation is not offered."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser with our errors; parsers of sub-commands are of the same kind."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving, with the nearest option for a typo."""
+        raise ConfigError(message, where=self.prog, fix=nearest_option(message, list(_options(self))) or
+                          f"{self.prog} --help lists what it takes")
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield the options of a parser and of its sub-commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _options(inner)
 
 
 def available_commands() -> dict[str, tuple[str, str]]:
@@ -80,7 +99,7 @@ def dispatch(argv: Sequence[str]) -> int | None:
         )
     module_name, text = commands[name]
     module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"mindspeed-wan {name}", description=text)
+    parser = CommandParser(prog=f"mindspeed-wan {name}", description=text)
     module.add_arguments(parser)
     return module.run(parser.parse_args(rest))
 

@@ -7,6 +7,7 @@ is a safetensors folder in the Diffusers or the original layout, committed in on
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def merge_files(
     base, target = Path(base), Path(target)
     if layout not in ("hf", "original"):
         raise ConfigError(f"layout {layout!r} cannot be written here", fix="use hf or original, then mm-convert")
-    if target.resolve() == find(base).path.resolve():
+    if os.path.realpath(target) == os.path.realpath(find(base).path):
         raise ConfigError(f"target {target} is the base itself", fix="choose another folder")
     started = time.monotonic()
     with open_weights(find(base), config) as files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -139,6 +140,8 @@ def _hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], Any]]]:
     for name, write in (("deflated", _deflated), ("stride 0", _stride_zero), ("bare pickle", _bare_pickle)):
         write(path := folder / f"{name}.pt")
         cases.append((name, lambda path=path: safe_torch_load(path)))  # type: ignore[misc]
+    os.mkfifo(folder / "pipe.safetensors")  # opening it would wait for ever
+    cases.append(("a pipe", lambda: read_safetensors_header(folder / "pipe.safetensors")))
     for length in (1 << 40, 1 << 63, 0, 1, 101 << 20):
         path = folder / f"header{length}.safetensors"
         path.write_bytes(struct.pack("<Q", length) + b"{}" * 50)
@@ -147,10 +150,12 @@ def _hostile(folder: Path, canary: Path) -> list[tuple[str, Callable[[], Any]]]:
     doubled = b"{" + entry + b"," + entry + b"}"
     (path := folder / "doubled.safetensors").write_bytes(struct.pack("<Q", len(doubled)) + doubled + bytes(4))
     cases.append(("a name twice", lambda path=path: read_safetensors_header(path)))  # type: ignore[misc]
-    for number, shard in enumerate(("../x.safetensors", "/etc/passwd", "a/../../x", "..\\x", "C:x", "", "link")):
+    shards = ("../x.safetensors", "/etc/passwd", "a/../../x", "..\\x", "C:x", "", "link", "loop")
+    for number, shard in enumerate(shards):
         index = folder / f"index{number}" / "x.safetensors.index.json"
         index.parent.mkdir()
         (index.parent / "link").symlink_to("/etc/passwd")
+        (index.parent / "loop").symlink_to("loop")
         index.write_text(json.dumps({"weight_map": {"a": shard}}))
         cases.append((f"shard {shard!r}", lambda path=index: read_safetensors_index(path)))  # type: ignore[misc]
     return cases

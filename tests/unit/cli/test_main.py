@@ -58,6 +58,19 @@ def test_a_command_without_its_module_is_not_offered(monkeypatch):
         main.dispatch(["ghost"])
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["plan", "--deviecs", "8"], "did you mean '--devices'?"),
+    (["features", "build", "--mm-dta", "x"], "mindspeed-wan features"),
+    (["features", "biuld"], "invalid choice: 'biuld'"),
+    (["lora", "inspect", "x", "--modle", "y"], "did you mean '--model'?"),
+    (["plan", "--devices", "x"], "mindspeed-wan plan --help lists what it takes"),
+])
+def test_a_wrong_option_is_one_error_with_the_nearest_name(words, message):
+    with pytest.raises(ConfigError) as caught:
+        main.dispatch(words)
+    assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
 def test_every_offered_command_describes_its_options(capsys):
     for name in main.available_commands():
         with pytest.raises(SystemExit) as stop:
