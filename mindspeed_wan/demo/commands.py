@@ -67,7 +67,10 @@ def claim_folder(folder: Path, file: str, settings: Mapping[str, int]) -> None:
     except ValueError:
         before = None
     if before != settings:
-        raise ConfigError(f"holds work done with {before} instead of {dict(settings)}", where=str(folder),
+        known = before if isinstance(before, dict) else {}
+        changed = ", ".join(f"{name} {known.get(name, '?')}, not {value}" for name, value in settings.items()
+                            if known.get(name) != value)
+        raise ConfigError(f"holds work done with other settings ({changed or file + ' is damaged'})", where=str(folder),
                           fix="choose another --out, or remove this folder to begin again")
 
 

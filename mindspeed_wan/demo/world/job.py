@@ -10,11 +10,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mindspeed_wan.demo.commands import Command, find_repository, make_folder, run_together
+from mindspeed_wan.demo.commands import Command, claim_folder, find_repository, make_folder, run_together
 
 EXPERTS = ("high", "low")
 TRANSFORMER = {"high": "transformer", "low": "transformer_2"}
@@ -35,7 +35,7 @@ class Effort:
 
     clips_per_scene: int = 24
     iterations_t2v: int = 8000
-    iterations_i2v: int = 3000
+    iterations_i2v: int = 2000
     iterations_lora: int = 500
     batch_size: int = 32
     copies: int = 8
@@ -58,7 +58,8 @@ class World:
 
     @classmethod
     def at(cls, out: Path, *, effort: Effort, seed: int = 0) -> World:
-        """Open or start the world in ``out``."""
+        """Open or start the world in ``out``; one that was made with another effort or seed is refused."""
+        claim_folder(out, "world.json", {**asdict(effort), "seed": seed})
         return cls(out.resolve(), find_repository(), effort, seed)
 
     def model(self, name: str) -> Path:

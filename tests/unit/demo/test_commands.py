@@ -44,7 +44,7 @@ def test_a_stopped_demo_leaves_no_command_running(tmp_path: Path) -> None:
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     claim_folder(tmp_path / "out", "demo.json", {"iterations": 200, "seed": 0})
     claim_folder(tmp_path / "out", "demo.json", {"iterations": 200, "seed": 0})
-    with pytest.raises(ConfigError, match="'seed': 0"):
+    with pytest.raises(ConfigError, match="seed 0, not 1"):
         claim_folder(tmp_path / "out", "demo.json", {"iterations": 200, "seed": 1})
 
 

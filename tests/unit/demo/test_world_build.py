@@ -9,8 +9,9 @@ import pytest
 
 from mindspeed_wan.demo.clips import write_mp4
 from mindspeed_wan.demo.world import judging, pages, scenes, training
-from mindspeed_wan.demo.world.job import SHORT, World
+from mindspeed_wan.demo.world.job import SHORT, Effort, World
 from mindspeed_wan.demo.world.vae import ASSET, reconstruction_psnr
+from mindspeed_wan.errors import ConfigError
 
 
 @pytest.fixture
@@ -37,6 +38,12 @@ def test_a_stage_runs_once_and_a_failed_one_again(world: World) -> None:
         world.walk(stages)
     world.walk(stages)
     assert calls == ["first", "second", "second"] and world.result("second")["found"] == 7
+
+
+def test_a_short_world_is_not_taken_for_a_full_one(world: World) -> None:
+    assert World.at(world.out, effort=SHORT) == world
+    with pytest.raises(ConfigError, match="iterations_t2v 6, not 8000"):
+        World.at(world.out, effort=Effort())
 
 
 def _true_videos(world: World, name: str, chosen: list[scenes.Scene]) -> None:
