@@ -121,7 +121,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb.name:<18}{verb.help}" for verb in VERBS.values())
+    verbs = "\n".join(f"  {verb.name:<20}{verb.help}" for verb in VERBS.values())
     parser = _Parser(
         prog="mm-convert", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="mm-convert [Converter] verb SOURCE [TARGET] [options]",
