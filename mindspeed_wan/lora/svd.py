@@ -47,7 +47,9 @@ def extract(
 
     Raises:
         CheckpointError: weights of another model, or no difference at all.
+        ConfigError: unknown targets, or a rank that is not positive.
     """
+    _check_rank(rank)
     modules = match_targets(targets, config)
     adapters: dict[str, Adapter] = {}
     diffs: dict[str, Tensor] = {}
@@ -78,8 +80,7 @@ def resize(lora: LoraFile, rank: int) -> Approximation:
 
     Growing keeps the update exactly. Alpha becomes the rank (scale 1), dtype stays.
     """
-    if rank < 1:
-        raise ConfigError(f"lora rank {rank} is not positive")
+    _check_rank(rank)
     adapters, energy = {}, {}
     for mm, adapter in lora.adapters.items():
         # B A = Qb (Rb Ra^T) Qa^T: the decomposition of a rank x rank matrix instead of an out x in one.
@@ -90,6 +91,11 @@ def resize(lora: LoraFile, rank: int) -> Approximation:
         adapters[mm] = _padded(resized, rank, adapter.up.dtype)
         energy[mm] = _share(s, rank)
     return Approximation(replace(lora, adapters=adapters), energy)
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise ConfigError(f"lora rank {rank} is not positive")
 
 
 def approximate(delta: Tensor, rank: int) -> tuple[Adapter, float]:

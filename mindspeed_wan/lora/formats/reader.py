@@ -185,7 +185,7 @@ def _adapter(
 
 def _without_kernel(down: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the A of a convolution, which some files keep in its kernel's shape, as a matrix."""
-    return down.flatten(1) if len(shape) > 2 and down.shape[1:] == shape[1:] else down
+    return down.flatten(1) if len(shape) > 2 and down.ndim == len(shape) else down
 
 
 def _matrix(mm: str, role: str, tensor: Tensor, where: str) -> Tensor:

@@ -107,6 +107,9 @@ def test_values_that_are_no_numbers(base: Path, file: Path, tmp_path: Path) -> N
             dispatch(["lora", *command])
     with pytest.raises(ConfigError, match="is not positive"):
         dispatch(["lora", "verify", str(file), "--model", str(base), "--alpha-override", "-1"])
+    for verb in (["resize", str(file), "--model", str(base)], ["extract", "--base", str(base), "--tuned", str(base)]):
+        with pytest.raises(ConfigError, match="lora rank 0"):
+            dispatch(["lora", *verb, "--rank", "0", "--out", str(tmp_path / "x.safetensors")])
     with pytest.raises(ResourceError):
         dispatch(["lora", "verify", str(file), "--model", str(base), "--report", str(tmp_path)])
 

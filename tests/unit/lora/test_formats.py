@@ -205,6 +205,14 @@ def test_a_pair_on_the_patch_embedding_keeps_the_convolutions_shape(tmp_path: Pa
                                                                                         (TINY.dim, 4, 1, 1, 1)]
 
 
+def test_a_pair_on_another_models_patch_embedding_is_named() -> None:
+    stem = "transformer.patch_embedding."
+    tensors = {stem + "lora_A.weight": torch.ones(4, 36, 1, 2, 2),
+               stem + "lora_B.weight": torch.ones(TINY.dim, 4, 1, 1, 1)}
+    with pytest.raises(CheckpointError, match="made for a layer of 48 x 144, this model's is 48 x 64"):
+        parse(tensors, {}, TINY)
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         write_lora(random_lora(), tmp_path, TINY, "comfy")
