@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from mindspeed_wan.models.wan.provider import build_wan
@@ -28,6 +29,8 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
+    if dist.is_initialized():  # FSDP2 makes a group of one rank
+        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.8"), reason="torch 2.7 traces a second graph")
