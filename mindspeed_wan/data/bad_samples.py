@@ -25,7 +25,8 @@ class BadSampleLog:
     """The distinct bad clips of a run, kept in ``bad_samples.jsonl`` (one object a line).
 
     Ranks append whole lines to one file, and a rank that meets a new bad clip reads what the others found, so the
-    share is that of the whole job.
+    share is that of the whole job. What earlier starts of the run wrote stays listed but does not count: those clips
+    may have been mended since, and those that were not are found again.
 
     Args:
         path: the file; ``None`` keeps the count in memory only.
@@ -37,6 +38,7 @@ class BadSampleLog:
     def __init__(self, path: Path | None, num_samples: int, max_fraction: float, *, write: bool = True) -> None:
         self.path, self.num_samples, self.max_fraction, self.write = path, num_samples, max_fraction, write
         self.found: dict[int, BadSample] = {}
+        self._before = path.stat().st_size if path is not None and path.is_file() else 0
 
     def add(self, samples: Iterable[BadSample]) -> None:
         """Note bad samples.
@@ -78,7 +80,10 @@ class BadSampleLog:
     def _read_others(self) -> None:
         if self.path is None or not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with self.path.open("rb") as file:
+            file.seek(self._before)
+            lines = file.read().splitlines()
+        for line in lines:
             try:
                 sample = BadSample(**json.loads(line))
             except (ValueError, TypeError):

@@ -72,7 +72,9 @@ def _load(folder: Path) -> dict[str, Any]:
     run: dict[str, Any] = {"folder": folder, "metrics": _json_lines(metrics)}
     for name in ("config", "versions"):
         run[name] = _json(folder / f"{name}.json")
-    run["bad"] = _json_lines(folder / "bad_samples.jsonl")
+    # Every start of a run lists what it finds, so a clip that nobody mended is there more than once.
+    bad = _json_lines(folder / "bad_samples.jsonl")
+    run["bad"] = list({json.dumps(row, sort_keys=True): row for row in bad}.values())
     run["validation"] = _json_lines(folder / "validation.jsonl")
     found = sorted({video.parent for video in (folder / "validation").glob("iter_*/*.mp4")})
     shown = _spread(found, MAX_VIDEO_ITERATIONS)

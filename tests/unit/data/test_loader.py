@@ -162,6 +162,18 @@ def test_ranks_share_the_count_through_the_file(tmp_path):
         first.add([BadSample(3, "c", "f:3", "torn")])
 
 
+def test_what_an_earlier_start_found_does_not_count(tmp_path):
+    """Its clips may be mended by now; those that are not are found again."""
+    path = tmp_path / "bad_samples.jsonl"
+    BadSampleLog(path, 10, 0.25).add([BadSample(1, "a", "f:1", "torn"), BadSample(2, "b", "f:2", "torn")])
+    first, second = BadSampleLog(path, 10, 0.25), BadSampleLog(path, 10, 0.25)
+    first.add([BadSample(3, "c", "f:3", "torn")])
+    second.add([BadSample(2, "b", "f:2", "torn")])
+    assert list(second.found) == [3, 2] and len(path.read_text().splitlines()) == 4
+    with pytest.raises(DataError, match="3 of 10"):
+        first.add([BadSample(4, "d", "f:4", "torn")])
+
+
 def test_what_every_rank_finds_at_start_up_is_written_once(tmp_path):
     record = ClipRecord(tmp_path / "torn.mp4", ("x",), RowSource("d.jsonl", 3))
     dataset = KeyedDataset([("x",)] * 4, [(1, 16, 16)] * 4, 0, 0.0)
