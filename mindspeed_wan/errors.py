@@ -9,9 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 EXIT_OK = 0
 EXIT_CONFIG = 2
@@ -106,10 +111,19 @@ def nearest_option(message: str, known: list[str]) -> str:
     return did_you_mean(word, known) if word else ""
 
 
+class _Signalled(BaseException):
+    """The process was asked to end: unwinds what is under way, so that no half-written file is left."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit with its code; a ``WanError`` becomes one message on stderr.
 
     So does what the system says about a path or a disk where no function had better words for it (exit code 3).
+    SIGTERM and SIGHUP end the process as they would without it, after temporary files have been removed; a second one
+    ends it at once.
 
     Under the launcher (``mindspeed_wan.cli.launch``) the message goes to ``TORCHELASTIC_ERROR_FILE`` and the
     launcher prints it once for all ranks. ``MINDSPEED_WAN_TRACEBACK=1`` shows the traceback as well.
@@ -118,7 +132,13 @@ def run_main(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        code = main() or EXIT_OK
+        with _unwinding():
+            code = main() or EXIT_OK
+    except _Signalled as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), stop.number)  # whoever waits for this process sees what ended it
+        code = 128 + stop.number
     except WanError as error:
         code = _fail(error)
     except KeyboardInterrupt:
@@ -136,6 +156,26 @@ def run_main(main: Callable[[], int | None]) -> None:
         # Other ranks may hang in a collective; a normal interpreter exit would wait for them.
         os._exit(code)
     sys.exit(code)
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """Turn the signals that would end the process into an exception; those that are handled or ignored stay so."""
+    def end(number: int, frame: FrameType | None) -> None:
+        # Under the launcher a repetition is its own or the batch system's, not the user's (see training.stop).
+        launched = os.environ.get("MINDSPEED_WAN_LAUNCHED") == "1"
+        signal.signal(number, signal.SIG_IGN if launched else signal.SIG_DFL)
+        raise _Signalled(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(error: WanError) -> int:

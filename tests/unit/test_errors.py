@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +55,38 @@ def test_other_errors_keep_their_traceback(error: Exception) -> None:
 
     with pytest.raises(type(error)):
         run_main(main)  # type: ignore[arg-type]
+
+
+_WRITES = """
+import os, sys, time
+from pathlib import Path
+from mindspeed_wan.data.video_writer import atomic_path
+from mindspeed_wan.errors import run_main
+
+def main():
+    with atomic_path(Path(sys.argv[1])) as temporary:
+        temporary.write_text("half of it")
+        print("writing", flush=True)
+        while True:
+            time.sleep(0.01)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP),
+                                              (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_without_leaving_half_a_file(number: int, code: int, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", _WRITES, str(tmp_path / "out.mp4")], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n" and list(tmp_path.iterdir())
+    process.send_signal(number)
+    assert process.communicate()[1] == "" and process.returncode == code
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """``nohup`` starts commands with SIGHUP ignored."""
+    code = ("import os, signal; from mindspeed_wan.errors import run_main; "
+            "signal.signal(signal.SIGHUP, signal.SIG_IGN); run_main(lambda: os.kill(os.getpid(), signal.SIGHUP))")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
