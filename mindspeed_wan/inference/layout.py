@@ -94,7 +94,7 @@ class InferenceLayout:
         if self.pipeline > 1:
             found += self._pipeline_problems()
         if self.world_size % self.replica_size:
-            stages = f" x stages {self.pipeline}" if self.pipeline > 1 else ""
+            stages = f" x pipeline stages {self.pipeline}" if self.pipeline > 1 else ""
             found.append(
                 f"world size {self.world_size} does not factor: cfg {self.cfg} x ulysses {self.ulysses} x ring "
                 f"{self.ring} x TP {self.tensor}{stages} = {self.replica_size} does not divide it; for TP "
@@ -133,7 +133,8 @@ class InferenceLayout:
                 fits = size == self.world_size if whole else self.world_size % size == 0
                 if fits and (num_heads is None or num_heads % (self.tensor * ulysses) == 0):
                     pairs.append(f"({cfg}, {ulysses})")
-        return " ".join(pairs) or "none (change TP or ring)"
+        others = "TP, ring or pipeline stages" if self.pipeline > 1 else "TP or ring"
+        return " ".join(pairs) or f"none (change {others})"
 
 
 def raise_problems(problems: list[str], *, where: str | None = None, fix: str | None = None) -> None:
