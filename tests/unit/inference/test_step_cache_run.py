@@ -63,12 +63,12 @@ def test_decisions_on_a_model_are_those_of_the_rules_run_online(
     generator(**ASK, cache=CacheOptions(calibrate=table))
     for cache in (CacheOptions(method="teacache", coefficients=((1.0, 0.0), (0.5, 0.0)), threshold=0.9),
                   CacheOptions(method="magcache", table=table, threshold=0.3, max_skips=2, retention=0.2)):
-        online = _Online(cache, generator)
+        online = _Online(cache)
         begin = StepCache.begin
 
-        def watched(self: StepCache, step: int, expert: str, model, begin=begin, online=online) -> None:
-            begin(self, step, expert, model)
-            online.decide(step, expert, model, self.plan.compute[step])
+        def watched(self: StepCache, step: int, expert: str, modulation, begin=begin, online=online) -> None:
+            begin(self, step, expert, modulation)
+            online.decide(step, expert, modulation, self.plan.compute[step])
 
         with monkeypatch.context() as patch:
             patch.setattr(StepCache, "begin", watched)
@@ -79,24 +79,23 @@ def test_decisions_on_a_model_are_those_of_the_rules_run_online(
 class _Online:
     """TeaCache's and MagCache's decisions step by step, with the state their authors keep, cleared at the switch."""
 
-    def __init__(self, cache: CacheOptions, generator: WanGenerator) -> None:
+    def __init__(self, cache: CacheOptions) -> None:
         self.cache, self.expert, self.place = cache, "", 0
-        self.schedule = sigmas(ASK["steps"], 12.0, "official", "unipc")
-        self.lengths = dict(zip(("high", "low"), self.schedule.expert_steps(0.875)))
+        schedule = sigmas(ASK["steps"], 12.0, "official", "unipc")
+        self.lengths = dict(zip(("high", "low"), schedule.expert_steps(0.875)))
         self.ratios = read_table(cache.table).ratios if cache.table else ()
         self.expected: list[bool] = []
         self.followed: list[bool] = []
 
-    def decide(self, step: int, expert: str, model, followed: bool) -> None:
+    def decide(self, step: int, expert: str, modulation, followed: bool) -> None:
         if expert != self.expert:
             self.expert, self.place, self.sum, self.ratio, self.skips, self.before = expert, 0, 0.0, 1.0, 0, None
-        compute = self._teacache(step, model) if self.cache.method == "teacache" else self._magcache(step)
+        compute = self._teacache(step, modulation(step)) if self.cache.method == "teacache" else self._magcache(step)
         self.expected.append(compute)
         self.followed.append(followed)
         self.place += 1
 
-    def _teacache(self, step: int, model) -> bool:
-        now = model.time_modulation(self.schedule.timestep(step))
+    def _teacache(self, step: int, now: torch.Tensor) -> bool:
         before, self.before = self.before, now
         if before is None or step < 5:
             return True

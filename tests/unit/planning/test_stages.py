@@ -209,14 +209,14 @@ def test_command_plans_both_experts(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--base-dtype", "fp8"], "without --lora"),
-    (["--infer", "--pp", "2"], "plan training"),
+    (["--infer", "--pp", "2"], "--pp: only for planning training"),
     (["--pp", "2", "--shard", "4"], "FSDP2 with pipeline stages"),
     (["--expert-ranks", "5,5"], "the job has 8"),
     (["--expert-ranks", "half"], "not even, auto or HIGH,LOW"),
     (["--devices", "7", "--expert-ranks", "even"], "cannot be halved"),
     (["--expert-iters", "1,2"], "without --expert-ranks"),
     (["--expert-ranks", "even", "--expert-iters", "3"], "not HIGH,LOW"),
-    (["--expert-ranks", "even", "--scaling"], "without scaling"),
+    (["--expert-ranks", "even", "--scaling"], "plan the scaling of one expert"),
 ])
 def test_command_refuses(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
