@@ -266,15 +266,26 @@ def newest(root: str | Path, *, step: int | None = None, strict: bool = False, f
     # A folder newer than the tracker was committed by a run killed before it could move the tracker: it is whole.
     iterations = complete_iterations(root)
     if step is None and (Path(root) / manifest.TRACKER_NAME).exists():
-        if manifest.read_tracker(root) == manifest.RELEASE:
+        named = manifest.read_tracker(root)
+        if named == manifest.RELEASE:
             return None
         if not iterations:
             manifest.checkpoint_folder(root)  # names a folder that is gone: an error, not a fresh start
+        elif int(named) > iterations[0][0]:
+            tracker, last = Path(root) / manifest.TRACKER_NAME, iterations[0][1].name
+            message = f"names iteration {named}, which is no complete checkpoint here; the newest one is {last}"
+            if strict:
+                raise CheckpointError(message, where=str(tracker), fix="copy that iteration again, or correct the "
+                                      "tracker")
+            warn(f"warning: {tracker}: {message}")
     wanted = [entry for entry in iterations if step is None or entry[0] == step]
     failure: WanError | None = None
     for iteration, folder in wanted:
         try:
-            manifest.verify_manifest(folder, full=full_hash)
+            stored = manifest.verify_manifest(folder, full=full_hash).get("iteration")
+            if stored not in (None, iteration):
+                raise CheckpointError(f"holds iteration {stored}: the folder was renamed or copied", where=str(folder),
+                                      fix="give it back its name, or remove it")
         except CheckpointError as error:
             if strict or step is not None:
                 raise

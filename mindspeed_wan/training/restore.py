@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mindspeed_wan.checkpoint import dcp
 from mindspeed_wan.checkpoint.dcp import Progress
+from mindspeed_wan.checkpoint.manifest import RELEASE, TRACKER_NAME, read_tracker
 from mindspeed_wan.checkpoint.sources import Found, find
 from mindspeed_wan.checkpoint.weights import checked, load_model_weights
 from mindspeed_wan.config.schema import RunConfig
@@ -49,6 +50,7 @@ def training_checkpoint(config: RunConfig) -> Found | None:
         found = dcp.newest(section.save, strict=section.strict_resume, full_hash=section.verify, warn=_warn)
         if found is not None:
             return found
+        _refuse_to_start_over(Path(section.save))
     if section.load is None or not Path(section.load).is_dir():
         return None
     if config.lora is not None and section.load_base_model is None:
@@ -57,6 +59,19 @@ def training_checkpoint(config: RunConfig) -> Found | None:
     if (load / dcp.PROGRESS_FILE).is_file():  # one iter_* folder instead of the root
         return checked(find(load), full_hash=section.verify)
     return dcp.newest(load, step=section.ckpt_step, strict=section.strict_resume, full_hash=section.verify, warn=_warn)
+
+
+def _refuse_to_start_over(save: Path) -> None:
+    """Refuse a save folder whose tracker names an iteration that nothing can be resumed from.
+
+    Raises:
+        CheckpointError: its files are damaged, or another program's; starting anew would move the tracker off them.
+    """
+    if (save / TRACKER_NAME).exists() and (named := read_tracker(save)) != RELEASE:
+        raise CheckpointError(f"names iteration {named}, which is not a complete checkpoint of this program",
+                              where=str(save / TRACKER_NAME),
+                              fix="choose another --save, copy that iteration again, or pass --finetune to start at "
+                              "iteration 0 from --load")
 
 
 def restore(config: RunConfig, model: WanDiT, groups: ParallelGroups, optimizer: AdamW, ema: Ema | None) -> Progress:
@@ -152,13 +167,15 @@ def check_card(found: Found, config: RunConfig, wan: WanConfig, *, resuming: boo
                               fix="give the base weights with --load-base-model (LoRA), or merge the adapter first: "
                               "mindspeed-wan lora merge")
     wanted = {"task": wan.task, "boundary": diffusion.boundary, **({"shift": diffusion.shift} if resuming else {})}
-    for key, value in wanted.items():
-        stored = card.get(key)
-        if stored is not None and value is not None and not _same(stored, value):
-            raise CheckpointError(f"was made for {key} {stored}, this run is configured for {value}",
-                                  where=str(found.path / "wan.json"),
-                                  fix="use the model.json of that checkpoint, or pass --finetune"
-                                  if resuming else "use the model.json of these weights")
+    differ = [key for key, value in wanted.items()
+              if card.get(key) is not None and value is not None and not _same(card[key], value)]
+    if differ:
+        made, now = (", ".join(f"{key} {values[key]}" for key in differ) for values in (card, wanted))
+        fix = "use the model.json of " + ("that checkpoint" if resuming else "these weights")
+        if differ == ["shift"]:  # the only one that may change with --finetune
+            fix += ", or pass --finetune"
+        raise CheckpointError(f"was made for {made}, this run is configured for {now}",
+                              where=str(found.path / "wan.json"), fix=fix)
 
 
 def _same(stored: Any, wanted: Any) -> bool:

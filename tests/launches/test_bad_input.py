@@ -89,6 +89,12 @@ def damaged_save(world: World, argv: list[str]) -> list[str]:
     return set_flag(argv, "--save", str(save))
 
 
+def emptied_save(world: World, argv: list[str]) -> list[str]:
+    (world.files / "run" / "iter_0000004").mkdir(parents=True)
+    (world.files / "run" / "latest_checkpointed_iteration.txt").write_text("4", encoding="utf-8")
+    return argv  # --load names weights, but starting from them would bury what the folder held
+
+
 def save_is_a_file(world: World, argv: list[str]) -> list[str]:
     (world.files / "file").write_text("x", encoding="utf-8")
     return set_flag(argv, "--save", str(world.files / "file" / "run"))
@@ -113,6 +119,7 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "0-byte mp4": (7, "empty (0 bytes)", empty_clip),
     "empty caption": (7, "caption", empty_caption),
     "torn tracker": (4, "tracker", damaged_save),
+    "emptied save": (4, "names iteration 4, which is not a complete checkpoint", emptied_save),
     "save path below a file": (3, "", save_is_a_file),
     "iteration that is not there": (4, "", lambda w, a: [*a, "--ckpt-step", "9"]),
 }

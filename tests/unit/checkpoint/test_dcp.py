@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,13 +142,12 @@ def test_damage_to_the_newest_is_reported_and_the_previous_used(damage: str, tmp
     warnings: list[str] = []
     found = dcp.newest(tmp_path, warn=warnings.append)
     assert found is not None and found.iteration == 1
-    assert len(warnings) == (0 if damage == "half_removed" else 1)
+    assert len(warnings) == 1
     loaded = Tiny()
     dcp.load(found, loaded.views, loaded.optimizer, ema=loaded.ema.averages)
     assert equal(first, loaded)
-    if damage != "half_removed":
-        with pytest.raises(CheckpointError):
-            dcp.newest(tmp_path, strict=True)
+    with pytest.raises(CheckpointError):
+        dcp.newest(tmp_path, strict=True)
 
 
 def test_every_checkpoint_damaged_is_an_error(tmp_path: Path) -> None:
@@ -165,6 +165,24 @@ def test_a_committed_folder_the_tracker_does_not_name_yet_is_used(tmp_path: Path
     assert found is not None and found.iteration == 2
     (tmp_path / "latest_checkpointed_iteration.txt").unlink()
     assert dcp.newest(tmp_path) is not None
+
+
+def test_a_tracker_that_names_an_iteration_which_is_gone_is_reported(tmp_path: Path) -> None:
+    Tiny(1).save(tmp_path, 1)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    warnings: list[str] = []
+    found = dcp.newest(tmp_path, warn=warnings.append)
+    assert found is not None and found.iteration == 1 and "names iteration 7" in warnings[0]
+    with pytest.raises(CheckpointError, match="newest one is iter_0000001"):
+        dcp.newest(tmp_path, strict=True)
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(tmp_path: Path) -> None:
+    folder = Tiny(1).save(tmp_path, 1)
+    shutil.copytree(folder, tmp_path / "iter_0000009")
+    warnings: list[str] = []
+    found = dcp.newest(tmp_path, warn=warnings.append)
+    assert found is not None and found.iteration == 1 and "holds iteration 1" in warnings[0]
 
 
 def test_retention_keeps_the_newest_and_leaves_strangers_alone(tmp_path: Path) -> None:
