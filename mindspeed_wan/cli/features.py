@@ -48,6 +48,8 @@ def _build(args: argparse.Namespace) -> int:
     for name in ("variants", "shard_samples"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out} is not a folder")
     config = load_files(model=args.mm_model, data=args.mm_data)
     if config.data.kind != "video":
         raise ConfigError("this data file already names features", where=str(args.mm_data),

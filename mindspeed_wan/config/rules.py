@@ -70,6 +70,8 @@ def _notes_on_pace(config: RunConfig) -> list[str]:
         found.append("--no-save-optim: these checkpoints cannot be resumed exactly")
     if training.eval_interval and training.eval_interval <= training.train_iters and config.valid_data is None:
         found.append("the validation loss is that of the first training clips; --valid-mm-data names others")
+    if config.fsdp2.model_fields_set and not config.uses_fsdp2:
+        found.append("--fsdp2-config-path without --use-torch-fsdp2: the file is not used")
     recompute = training.recompute
     if recompute.granularity == "full" and recompute.method == "uniform" and recompute.num_layers > 1:
         found.append(
