@@ -44,6 +44,15 @@ def test_the_launchers_line_with_the_example_values(world: World):
     assert any("'patch' has no effect" in note for note in config.notes)
 
 
+def test_an_fsdp2_file_that_is_not_used_is_noted(world: World):
+    def noted(argv: list[str]) -> bool:
+        return any("without --use-torch-fsdp2" in note for note in parse(argv, EIGHT).notes)
+
+    without = [word for word in world.argv() if word != "--use-torch-fsdp2"]
+    assert noted(without) and not noted(world.argv())
+    assert not noted([*without, "--bf16"])  # bf16 shards as FSDP2 does
+
+
 def test_i2v_low(world: World):
     for block, changes in I2V_CHANGES.items():
         world.model[block].update(changes)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mindspeed_wan.cli.main import dispatch
 from mindspeed_wan.data import feature_build, feature_cache, manifest
 from mindspeed_wan.data.bad_samples import BadSampleLog
 from mindspeed_wan.data.build import OpenedData
@@ -24,7 +25,7 @@ from mindspeed_wan.data.loader import Schedule, build_loader
 from mindspeed_wan.data.mm_features import MMFeatureDataset
 from mindspeed_wan.data.plan import ClipSettings
 from mindspeed_wan.data.sampler import GlobalBatchSampler
-from mindspeed_wan.errors import CheckpointError, DataError, ResourceError
+from mindspeed_wan.errors import CheckpointError, ConfigError, DataError, ResourceError
 from mindspeed_wan.models.vae import unit_range
 from tests.helpers.tiny import tiny_clips, tiny_pipeline_folder
 
@@ -436,3 +437,9 @@ def test_bad_mm_features_are_replaced(tmp_path):
 
 def test_stale_seconds_leave_time_for_the_slowest_sample():
     assert feature_build._STALE_SECONDS >= 600  # a 720p clip of 81 frames takes minutes on a CPU
+
+
+def test_out_that_is_a_file_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        dispatch(["features", "build", "--mm-data", "absent", "--mm-model", "absent", "--out", str(tmp_path / "file")])
