@@ -49,8 +49,8 @@ def test_an_fsdp2_file_that_is_not_used_is_noted(world: World):
         return any("without --use-torch-fsdp2" in note for note in parse(argv, EIGHT).notes)
 
     without = [word for word in world.argv() if word != "--use-torch-fsdp2"]
-    assert noted(without) and not noted(world.argv())
-    assert not noted([*without, "--bf16"])  # bf16 shards as FSDP2 does
+    assert noted([*without, "--fp32"])
+    assert not noted(world.argv()) and not noted([*without, "--bf16"])  # bf16 shards as FSDP2 does
 
 
 def test_i2v_low(world: World):
