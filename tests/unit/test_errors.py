@@ -58,7 +58,7 @@ def test_other_errors_keep_their_traceback(error: Exception) -> None:
 
 
 _WRITES = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from mindspeed_wan.data.video_writer import atomic_path
 from mindspeed_wan.errors import run_main
@@ -70,6 +70,9 @@ def main():
         while True:
             time.sleep(0.01)
 
+for number in (signal.SIGTERM, signal.SIGHUP):  # a shell may have started the tests with signals ignored
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 run_main(main)
 """
 
@@ -81,7 +84,7 @@ def test_a_signal_ends_a_command_without_leaving_half_a_file(number: int, code: 
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "writing\n" and list(tmp_path.iterdir())
     process.send_signal(number)
-    assert process.communicate()[1] == "" and process.returncode == code
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == code
     assert not list(tmp_path.iterdir())
 
 
