@@ -26,7 +26,7 @@ def test_stages_come_last_in_rank_order() -> None:
 @pytest.mark.parametrize(("words", "world_size", "message"), [
     ([*STAGES, "--dit_fsdp"], 2, "--dit_fsdp with --pipeline_model_parallel_size"),
     (STAGES, 4, "pipeline stages make one"),
-    (STAGES, 3, "x stages 2 = 2 does not divide it"),
+    (STAGES, 3, "x pipeline stages 2 = 2 does not divide it"),
     ([*STAGES, "--memory", "block"], 2, "--memory block with --pipeline_model_parallel_size"),
     ([*STAGES, "--calibrate_cache", "table.json"], 2, "--calibrate_cache measures whole models"),
     (["--pipefusion"], 1, "give --pipeline_model_parallel_size 2 or more"),
