@@ -90,9 +90,11 @@ def damaged_save(world: World, argv: list[str]) -> list[str]:
 
 
 def emptied_save(world: World, argv: list[str]) -> list[str]:
-    (world.files / "run" / "iter_0000004").mkdir(parents=True)
-    (world.files / "run" / "latest_checkpointed_iteration.txt").write_text("4", encoding="utf-8")
-    return argv  # --load names weights, but starting from them would bury what the folder held
+    """``--load`` names weights, but starting from them would bury what the folder held."""
+    save = world.files / "save"
+    (save / "iter_0000004").mkdir(parents=True)
+    (save / "latest_checkpointed_iteration.txt").write_text("4", encoding="utf-8")
+    return set_flag(argv, "--save", str(save))
 
 
 def save_is_a_file(world: World, argv: list[str]) -> list[str]:
