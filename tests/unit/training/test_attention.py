@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 
+from mindspeed_wan.config.flag_table import USED
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.platforms import get_platform, ops, reset_platform
+from mindspeed_wan.platforms.attention import BACKENDS
 from mindspeed_wan.training.setup import choose_attention
 
 
 def _config(name: str) -> Any:
     return SimpleNamespace(training=SimpleNamespace(attention=name, precision="bf16"))
+
+
+def test_the_flag_names_every_kernel() -> None:
+    (flag,) = (flag for flag in USED if flag.name == "--attention")
+    assert flag.choices == ("auto", *BACKENDS)
 
 
 def test_the_named_kernel_is_used_or_refused() -> None:
