@@ -29,6 +29,13 @@ def _first_rank_dies(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
+def _first_rank_aborts(rank: int, world_size: int) -> None:
+    if rank == 0:
+        os.write(2, b"what C++ says\n")
+        os.abort()
+    dist.barrier()
+
+
 def test_results_come_back_in_rank_order() -> None:
     results = run_ranks(_sum_of_ranks, 2, 1.0)
     assert [r.item() for r in results] == [3.0, 3.0]
@@ -42,3 +49,8 @@ def test_a_raising_rank_is_named_with_its_traceback() -> None:
 def test_a_dead_rank_is_named() -> None:
     with pytest.raises(RankError, match="rank 0 of 2: died with exit code 9"):
         run_ranks(_first_rank_dies, 2)
+
+
+def test_an_aborted_rank_is_named_with_its_stderr_and_stack() -> None:
+    with pytest.raises(RankError, match=r"died with exit code -6\nwhat C\+\+ says(.|\n)*in _first_rank_aborts"):
+        run_ranks(_first_rank_aborts, 2)

@@ -13,11 +13,13 @@ of the test process is ever inherited.
         assert run_ranks(every_rank_sees_the_sum, 2, 1.0) == [3.0, 3.0]
 
 The function must be importable (module level, no lambda). If a rank raises, dies or hangs, ``run_ranks`` fails the
-test with each such rank's number and traceback.
+test with each such rank's number and traceback; of a rank that died, with the end of what it wrote to stderr (the
+abort's own message and every thread's stack).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import pickle
@@ -32,6 +34,9 @@ from typing import Any
 
 GRACE_SECONDS = 3.0
 """How long the other ranks may go on after the first one failed (they usually wait for it in a collective)."""
+
+STDERR_TAIL = 6000
+"""Characters of a dead rank's stderr that are shown."""
 
 _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
             "megatron.core.parallel_state", "megatron.core.tensor_parallel",
@@ -70,7 +75,7 @@ def run_ranks(
             processes.append(process)
             pipes.append(receiver)
         try:
-            outcomes = _collect(processes, pipes, timeout)
+            outcomes = _collect(processes, pipes, timeout, Path(folder))
         finally:
             for process in processes:
                 process.kill()
@@ -82,7 +87,7 @@ def run_ranks(
 
 
 def _collect(
-    processes: list[Any], pipes: list[connection.Connection], timeout: float
+    processes: list[Any], pipes: list[connection.Connection], timeout: float, folder: Path
 ) -> list[tuple[bool, Any]]:
     """Wait for each rank's (ok, pickled result | traceback); a failed rank shortens the wait for the others."""
     outcomes: list[tuple[bool, Any] | None] = [None] * len(processes)
@@ -98,11 +103,24 @@ def _collect(
                 outcomes[rank] = pickle.loads(pipes[rank].recv_bytes())
             except EOFError:
                 processes[rank].join(5)
-                outcomes[rank] = (False, f"died with exit code {processes[rank].exitcode}")
+                outcomes[rank] = (False, f"died with exit code {processes[rank].exitcode}\n"
+                                  + _stderr_file(folder, rank).read_text(errors="replace")[-STDERR_TAIL:])
             if not outcomes[rank][0]:  # type: ignore[index]
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     return [outcome or (False, "was still running (waiting for a failed rank, or past the timeout)")
             for outcome in outcomes]
+
+
+def _stderr_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.stderr"
+
+
+def _keep_stderr(path: Path) -> None:
+    """Send this process's stderr, the one of C++ code too, to ``path``: an abort in gloo's thread speaks only there."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 2)
+    os.close(file)
+    faulthandler.enable(all_threads=True)
 
 
 def _rank_main(
@@ -111,6 +129,7 @@ def _rank_main(
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
                       LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1", MINDSPEED_WAN_DEVICE="cpu")
+    _keep_stderr(_stderr_file(Path(store).parent, rank))
     import torch
     import torch.distributed as dist
 
