@@ -12,7 +12,7 @@ help:
 	@echo "make world        learn a small world: both experts, I2V, LoRA, marked videos (about an hour on 2 cores, resumable)"
 	@echo "make test         the test suite (what CI runs)"
 	@echo "make test-oldest  the core tests on torch 2.7.1 + megatron-core 0.12.1 (the Ascend generation)"
-	@echo "make check        ruff, mypy, import rules, dependency audit"
+	@echo "make check        ruff, mypy, import rules, shellcheck, dependency audit"
 	@echo "make bench        every benchmark this machine can run, results in benchmarks/results/"
 	@echo "make faults       kills, damage, bad input: every property with its long count, one table (see docs/reliability.md)"
 	@echo "make docs         the documentation site in site/, English and Chinese; every warning is an error"
@@ -53,6 +53,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	find examples docker -name '*.sh' -exec $(BIN)/shellcheck .ci/run {} +
 	$(BIN)/pip-audit --skip-editable --progress-spinner off || [ "$$CHECK_OFFLINE" = 1 ]
 
 bench: $(STAMP)
