@@ -24,8 +24,8 @@ class DiffusionFile(Section):
 
     model_id: Literal["wan_flow_match_scheduler"] = "wan_flow_match_scheduler"
     """Training scheduler; there is one."""
-    num_train_timesteps: int = Field(default=1000, ge=1)
-    """Entries of the index grid."""
+    num_train_timesteps: Literal[1000] = 1000
+    """Entries of the index grid, and t = 1000 sigma."""
     shift: float = Field(default=5.0, gt=0)
     """Flow shift."""
     sigma_min: float = Field(default=0.0, ge=0, le=0)
@@ -421,6 +421,7 @@ class DataFile(Section):
 
 WHY: dict[str, str] = {
     "diffusion.model_id": "TI2V-5B and other schedulers are out of scope",
+    "diffusion.num_train_timesteps": "every Wan checkpoint reads t = 1000 sigma, in training and in inference",
     "diffusion.sigma_min": "every Wan schedule ends at 0",
     "diffusion.extra_one_step": "every Wan checkpoint was trained with the extra step",
     "predictor.qk_norm": "every Wan checkpoint has q and k norms",

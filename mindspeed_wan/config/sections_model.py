@@ -133,8 +133,8 @@ class ModelSection(Section):
 class DiffusionSection(Section):
     """Flow matching: x_sigma = (1 - sigma) x0 + sigma noise; the model predicts noise - x0 at t = 1000 sigma."""
 
-    num_train_timesteps: int = Field(default=1000, ge=1)
-    """Entries of the index grid, and the factor from sigma to the model's timestep."""
+    num_train_timesteps: Literal[1000] = 1000
+    """Entries of the index grid, and the factor from sigma to the model's timestep; there is no other."""
     shift: float = Field(default=5.0, gt=0)
     """Flow shift s in sigma = s u / (1 + (s - 1) u)."""
     expert: Expert | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from mindspeed_wan.config.schema import DiffusionSection
 from mindspeed_wan.diffusion import randomness
 from mindspeed_wan.diffusion.flow_matching import interpolate, per_sample_loss, velocity_target
-from mindspeed_wan.diffusion.timesteps import SigmaDistribution, SigmaRange
+from mindspeed_wan.diffusion.timesteps import NUM_TRAIN_TIMESTEPS, SigmaDistribution, SigmaRange
 from mindspeed_wan.diffusion.weighting import loss_weight
 
 SampleKey = tuple[int, int]
@@ -72,7 +72,7 @@ class Objective:
         sigma, weight = sigma.to(latents.device), weight.to(latents.device)
         return Noised(
             x=interpolate(latents, noise, sigma),
-            timestep=sigma * self.section.num_train_timesteps,
+            timestep=sigma * NUM_TRAIN_TIMESTEPS,
             target=velocity_target(latents, noise),
             sigma=sigma,
             weight=weight,

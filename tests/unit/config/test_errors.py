@@ -72,6 +72,7 @@ BROKEN_FILES: list[tuple[str, Break, str]] = [
     ("fsdp zero", lambda w: setattr(w, "fsdp2", w.fsdp2.replace("auto", "0")), "less than 1"),
     ("fsdp word", lambda w: setattr(w, "fsdp2", w.fsdp2.replace("auto", "all")), "'auto'"),
     ("pattern", lambda w: setattr(w, "fsdp2", w.fsdp2.replace(".head", ".{1}.{2}")), "not a module pattern"),
+    ("num_train_timesteps", lambda w: w.model["diffusion"].update(num_train_timesteps=500), "t = 1000 sigma"),
     ("sigma_min", lambda w: w.model["diffusion"].update(sigma_min=0.1), "ends at 0"),
     ("half cached", _cache, "cached together"),
     ("wan2.1 i2v", _wan21_i2v, "image_encoder.from_pretrained is not given"),
