@@ -5,13 +5,12 @@ score = 0.5 * subjective / 20 + 0.25 * PSNR / 50 + 0.25 * SSIM; subjective is th
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindspeed_wan.errors import DataError
+from mindspeed_wan.evaluation.tables import read_table
 
 CRITERIA = ("dynamics", "camera", "frame_quality", "accuracy")
 """What a person rates, each from 1 (bad) to 5 (good)."""
@@ -40,23 +39,14 @@ def score(subjective: float, psnr_db: float, ssim: float) -> float:
 
 def read_ratings(path: Path) -> list[Rating]:
     """Read the CSV that the rating sheet exports; every bad row is named with its line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except UnicodeDecodeError:
-        raise DataError("is not UTF-8 text", where=str(path)) from None
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    if not rows or set(_COLUMNS) - set(rows[0]):
-        raise DataError(f"needs a header {','.join(_COLUMNS)} and at least one row", where=str(path))
     ratings = []
-    for line, row in enumerate(rows, 2):
+    for where, row in read_table(path, _COLUMNS):
         try:
             points = tuple(int(row[name]) for name in CRITERIA)
-        except (TypeError, ValueError):
-            raise DataError(f"points must be whole numbers: {row}", where=f"{path}:{line}") from None
+        except ValueError:
+            raise DataError(f"points must be whole numbers: {row}", where=where) from None
         if not all(1 <= p <= 5 for p in points):
-            raise DataError(f"points {points} are not between 1 and 5", where=f"{path}:{line}")
+            raise DataError(f"points {points} are not between 1 and 5", where=where)
         ratings.append(Rating(row["model"], row["clip"], points))  # type: ignore[arg-type]
     return ratings
 

@@ -75,13 +75,31 @@ def test_every_mismatch_is_named(folders: Path) -> None:
     assert not (folders / "out").exists()
 
 
-@pytest.mark.parametrize(("row", "message"), [("m,a,5,4,4", "whole numbers"), ("m,a,5,4,4,6", "between 1 and 5")])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("m,a,5,4,4", "header's 6 values"),
+        ("m,a,b,5,4,4,5", "header's 6 values"),  # a comma in a name that nobody quoted would move the points
+        ("m,a,5,4,4,good", "whole numbers"),
+        ("m,a,5,4,4,6", "between 1 and 5"),
+        (f"m,{'a' * 200_000},5,4,4,5", "not a CSV"),
+    ],
+    ids=["short", "long", "word", "six", "endless"],
+)
 def test_bad_ratings_are_named_with_their_line(tmp_path: Path, row: str, message: str) -> None:
     path = tmp_path / "r.csv"
-    path.write_text(",".join(("model", "clip", *CRITERIA)) + f"\n{row}\n")
+    path.write_text(",".join(("model", "clip", *CRITERIA)) + f"\n\nm,b,1,2,3,4\n{row}\n")
     with pytest.raises(DataError, match=message) as caught:
         read_ratings(path)
-    assert f"{path}:2" in str(caught.value)
+    assert f"{path}:{3 if message == 'not a CSV' else 4}" in str(caught.value)
+
+
+@pytest.mark.parametrize("head", ["model,clip", ",".join(("model", "clip", *CRITERIA, CRITERIA[0]))])
+def test_a_rating_sheet_with_other_columns_is_refused(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(f"{head}\n{','.join(['1'] * len(head.split(',')))}\n")
+    with pytest.raises(DataError, match="needs a header with model,clip"):
+        read_ratings(path)
 
 
 def test_what_was_not_compared_alike_is_said(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

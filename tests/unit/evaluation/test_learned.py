@@ -163,9 +163,10 @@ def test_prompts_that_no_clip_has_are_refused(tmp_path: Path) -> None:
     prompts.write_text("clip,prompt\nc,a fox\n")
     with pytest.raises(DataError, match="prompts are of other clips: c"):
         _run("--model", f"one={tmp_path / 'one'}", "--prompts", prompts)
-    prompts.write_text("clip,prompt\na\n")
-    with pytest.raises(DataError, match="row 2 has no clip or no prompt"):
-        _run("--model", f"one={tmp_path / 'one'}", "--prompts", prompts)
+    for row, message in (("a", "header's 2 values"), ("a,a fox, running", "header's 2 values"), (",a fox", "no clip")):
+        prompts.write_text(f"clip,prompt\n{row}\n")
+        with pytest.raises(DataError, match=f"prompts.csv:2: .*{message}"):
+            _run("--model", f"one={tmp_path / 'one'}", "--prompts", prompts)
 
 
 @pytest.mark.parametrize(("words", "message"), [
