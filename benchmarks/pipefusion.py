@@ -73,10 +73,10 @@ def _tiny_model(folder: Path) -> Path:
 def _rank(rank: int, stages: int, model: str, args: dict[str, Any], result: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stages), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=os.environ.get("MASTER_PORT", "29517"))
-    from mindspeed_wan.inference.layout import InferenceLayout
-    from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
     from mindspeed_wan.inference.pipeline import WanGenerator
     from mindspeed_wan.parallel.groups import destroy
+    from mindspeed_wan.parallel.inference_layout import InferenceLayout
+    from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 
     torch.set_num_threads(1)
     height, width = (int(side) for side in args["size"].split("x"))

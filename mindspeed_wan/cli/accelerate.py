@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace, words: list[str], exact: GenerateOptions, can
 
 def _check_exact(options: GenerateOptions) -> None:
     """Refuse what has no meaning for the exact run."""
-    from mindspeed_wan.inference.layout import raise_problems
+    from mindspeed_wan.parallel.inference_layout import raise_problems
 
     found = []
     if options.cache.method != "none" or options.cache.calibrate or options.guidance_limits:

@@ -24,7 +24,7 @@ from torch import nn
 from mindspeed_wan.checkpoint.sources import check_names_and_shapes, open_weights
 from mindspeed_wan.checkpoint.stored import local_box, read_quantized
 from mindspeed_wan.checkpoint.weights import checked, read_weights
-from mindspeed_wan.errors import ConfigError, ResourceError
+from mindspeed_wan.errors import ResourceError
 from mindspeed_wan.inference.runtime import Runtime
 from mindspeed_wan.inference.sources import ModelFolder
 from mindspeed_wan.models.quantization import (
@@ -99,12 +99,10 @@ def open_experts(
 
     Raises:
         CheckpointError: on every rank of the replica, when weights do not fit.
-        ConfigError: block mode with FSDP2, which shards the blocks already; quantisation the device cannot do.
+        ConfigError: quantisation the device cannot do.
     """
     if quantization is not None:
         check_device(quantization.mode, runtime.device)
-    if memory == "block" and runtime.layout.dit_fsdp:
-        raise ConfigError("--memory block and --dit_fsdp both move blocks around", fix="choose one of them")
     for found in folder.experts.values():
         runtime.agree(lambda found=found: checked(found))  # type: ignore[misc]
 

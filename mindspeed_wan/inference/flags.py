@@ -15,11 +15,11 @@ from typing import Any
 from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions, parse_coefficients
 from mindspeed_wan.inference.guidance_options import GuidanceOptions, parse_sigmas, parse_steps
-from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import MEMORY_NAMES, PRESETS, LoraOptions
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, read_lines
-from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.inference.quantize_options import QFLOAT8_MEMORY, QuantizeOptions
+from mindspeed_wan.parallel.inference_layout import InferenceLayout, raise_problems
+from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 
 
 def parse_bool(text: str) -> bool:

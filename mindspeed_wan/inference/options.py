@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from mindspeed_wan.errors import ConfigError, did_you_mean
 from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.guidance_options import GuidanceOptions
-from mindspeed_wan.inference.layout import InferenceLayout, raise_problems
 from mindspeed_wan.inference.lora_options import MEMORY_NAMES, LoraOptions
-from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.inference.quantize_options import QuantizeOptions
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
+from mindspeed_wan.parallel.inference_layout import InferenceLayout, raise_problems
+from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 
 if TYPE_CHECKING:
     from mindspeed_wan.config.mm_files import PredictorFile
@@ -172,12 +172,10 @@ class GenerateOptions:
 
     def _stage_problems(self) -> list[str]:
         found = self.pipefusion.problems(self.layout, caches=self.cache.method != "none", compiles=self.compile_blocks)
-        if self.layout.pipeline > 1:
-            if self.memory == "block":
-                found.append("--memory block with --pipeline_model_parallel_size: each stage holds its blocks; use "
-                             "--memory sequential to have one expert at a time on the device")
-            if self.cache.calibrate is not None:
-                found.append("--calibrate_cache measures whole models; run it without pipeline stages")
+        if self.memory == "block":
+            found += self.layout.streaming_problems()
+        if self.layout.pipeline > 1 and self.cache.calibrate is not None:
+            found.append("--calibrate_cache measures whole models; run it without pipeline stages")
         return found
 
     def _choice_problems(self) -> list[str]:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_wan.errors import WanError
-from mindspeed_wan.inference.layout import InferenceLayout
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.groups import ParallelGroups, build_groups, init_distributed
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
 from mindspeed_wan.platforms.base import Platform
 
 T = TypeVar("T")

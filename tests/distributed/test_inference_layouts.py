@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mindspeed_wan.errors import DataError
-from mindspeed_wan.inference.layout import InferenceLayout
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import tiny_original_folder, tiny_pipeline_folder
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mindspeed_wan.inference.pipefusion import PatchAttention, PipeFusion
-from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.inference.pipeline_stages import Pass, StagedModel
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.provider import build_wan
 from mindspeed_wan.parallel.dims import ParallelDims
 from mindspeed_wan.parallel.groups import build_groups, destroy
+from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.platforms import get_platform
 from tests.distributed.layouts import fill
 from tests.distributed.test_inference_layouts import PROMPTS, _generate, reference, relative

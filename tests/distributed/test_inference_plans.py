@@ -10,7 +10,7 @@ import torch
 
 from mindspeed_wan.inference.cache_options import CacheOptions
 from mindspeed_wan.inference.guidance_options import GuidanceOptions
-from mindspeed_wan.inference.layout import InferenceLayout
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import tiny_pipeline_folder
 

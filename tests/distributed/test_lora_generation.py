@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mindspeed_wan.inference.layout import InferenceLayout
 from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.lora.formats import LoraFile, write_lora
 from mindspeed_wan.lora.model_config import config_of
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny import tiny_pipeline_folder
 from tests.launches.test_generate import SMALL, launch

@@ -19,8 +19,8 @@ PROMPT = "a red circle moves left"
 
 
 def _generate(rank: int, world_size: int, options: dict[str, Any]) -> torch.Tensor:
-    from mindspeed_wan.inference.layout import InferenceLayout
     from mindspeed_wan.inference.pipeline import WanGenerator
+    from mindspeed_wan.parallel.inference_layout import InferenceLayout
 
     generator = WanGenerator.from_pretrained(
         options.pop("path"), dtype="fp32", device="cpu", grid="diffusers", noise="diffusers", shift=3.0, steps=5,

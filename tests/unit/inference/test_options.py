@@ -12,9 +12,9 @@ import pytest
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.flags import help_text, parse
-from mindspeed_wan.inference.layout import InferenceLayout
 from mindspeed_wan.inference.options import GenerateOptions, parse_guidance, parse_size, settings_hash
 from mindspeed_wan.models.wan.config import SAMPLING_DEFAULTS
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
 
 REPOSITORY = Path(__file__).parents[3]
 EXAMPLE = REPOSITORY / "examples" / "wan2.2" / "A14B" / "t2v" / "inference_model.json"

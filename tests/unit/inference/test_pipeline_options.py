@@ -8,8 +8,8 @@ import pytest
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.inference.flags import parse
-from mindspeed_wan.inference.layout import InferenceLayout
-from mindspeed_wan.inference.pipefusion_options import PipeFusionOptions
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
+from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 
 LINE = ["--ckpt_dir", "model", "--prompt", "a fox"]
 STAGES = ["--pipeline-model-parallel-size", "2"]
@@ -28,6 +28,7 @@ def test_stages_come_last_in_rank_order() -> None:
     (STAGES, 4, "pipeline stages make one"),
     (STAGES, 3, "x pipeline stages 2 = 2 does not divide it"),
     ([*STAGES, "--memory", "block"], 2, "--memory block with --pipeline_model_parallel_size"),
+    (["--memory", "block", "--dit_fsdp", "--ulysses_size", "2"], 2, "--memory block with --dit_fsdp"),
     ([*STAGES, "--calibrate_cache", "table.json"], 2, "--calibrate_cache measures whole models"),
     (["--pipefusion"], 1, "give --pipeline_model_parallel_size 2 or more"),
     ([*STAGES, "--pipefusion", "--ulysses_size", "2"], 4, "--pipefusion cuts the tokens itself"),

@@ -1,5 +1,7 @@
 """How many ranks one video gets and what each does: world = stages x replicas x CFG x ring x Ulysses x TP. No torch.
 
+Generation obeys these rules, and the planner plans by them.
+
 A *replica* makes one video at a time. Inside it the CFG axis splits the two guidance branches, Ulysses and ring the
 tokens, TP the weight matrices; FSDP2 and the parallel VAE use all of a replica's ranks. Ranks are numbered with TP
 fastest, then context, then CFG, then replicas, which is Megatron's order with (replica, CFG) as its data axis.
@@ -122,6 +124,16 @@ class InferenceLayout:
         if self.world_size % self.replica_size == 0 and self.replicas > 1:
             found.append(f"{self.world_size} ranks make {self.replicas} videos at a time, but pipeline stages make "
                          f"one; start {self.replica_size} ranks per job, or raise --ulysses_size or --cfg_size")
+        return found
+
+    def streaming_problems(self) -> list[str]:
+        """Return why blocks cannot come from the host one by one (``--memory block``); empty where they can."""
+        found = []
+        if self.dit_fsdp:
+            found.append("--memory block with --dit_fsdp: both move blocks around; choose one of them")
+        if self.pipeline > 1:
+            found.append("--memory block with --pipeline_model_parallel_size: each stage holds its blocks; use "
+                         "--memory sequential to have one expert at a time on the device")
         return found
 
     def _legal(self, num_heads: int | None, *, whole: bool = False) -> str:

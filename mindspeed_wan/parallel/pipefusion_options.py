@@ -1,11 +1,11 @@
-"""What ``--pipefusion`` takes, and what it does not go with. No torch here; ``pipefusion`` does the work."""
+"""What ``--pipefusion`` takes, and what it does not go with. No torch; ``inference.pipefusion`` does the work."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_wan.inference.layout import InferenceLayout
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
 
 
 @dataclass(frozen=True, kw_only=True)
