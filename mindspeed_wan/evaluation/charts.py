@@ -27,10 +27,11 @@ def curves(title: str, series: Mapping[str, Points], *, smoothed: Callable[[Poin
             if not points:
                 continue
             thinned = thin(points)
-            line, = axes.plot(*zip(*thinned), label=None if smoothed else name, linewidth=0.5 if smoothed else 1.2,
-                              alpha=0.4 if smoothed else 1.0, marker="o" if len(thinned) < 3 else None)
+            line, = axes.plot(*zip(*thinned), label=None if smoothed else _label(name),
+                              linewidth=0.5 if smoothed else 1.2, alpha=0.4 if smoothed else 1.0,
+                              marker="o" if len(thinned) < 3 else None)
             if smoothed:
-                axes.plot(*zip(*thin(smoothed(points))), label=name, linewidth=1.4, color=line.get_color())
+                axes.plot(*zip(*thin(smoothed(points))), label=_label(name), linewidth=1.4, color=line.get_color())
         axes.set_xlabel("iteration")
 
     return _svg(title, draw)
@@ -43,7 +44,7 @@ def bars(title: str, counts: Mapping[str, Sequence[float]], limits: tuple[float,
         for name, values in counts.items():
             width = (high - low) / len(values)
             places = [low + width * (at + 0.5) for at in range(len(values))]
-            axes.bar(places, values, width=width, alpha=0.6, label=name)
+            axes.bar(places, values, width=width, alpha=0.6, label=_label(name))
         axes.set_xlabel(label)
 
     return _svg(title, draw)
@@ -56,7 +57,7 @@ def grouped(title: str, values: Mapping[str, Mapping[str, float]]) -> str:
         width = 0.8 / max(1, len(values))
         for number, (series, row) in enumerate(values.items()):
             places = [at + (number - (len(values) - 1) / 2) * width for at, name in enumerate(names) if name in row]
-            axes.bar(places, [row[name] for name in names if name in row], width=width, label=series)
+            axes.bar(places, [row[name] for name in names if name in row], width=width, label=_label(series))
         if len(names) > MAX_NAMES:
             axes.set_xticks([])
             axes.set_xlabel(f"{len(names)} clips, in the order of the page")
@@ -82,6 +83,11 @@ def smooth(points: Points) -> Points:
         total += value - (points[at - window][1] if at >= window else 0.0)
         result.append((iteration, total / min(at + 1, window)))
     return result
+
+
+def _label(name: str) -> str:
+    """Return a name for the legend, from which matplotlib leaves those that begin with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _svg(title: str, draw: Callable[[Any], None], *, legend_outside: bool = False) -> str:

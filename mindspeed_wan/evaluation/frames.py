@@ -62,7 +62,7 @@ def find_videos(folder: Path) -> dict[str, Path]:
     """Return {stem: path} of the videos directly inside ``folder``, hidden files left out.
 
     Raises:
-        DataError: no folder, no video in it, or two of one name.
+        DataError: no folder, no video in it, two of one name, or a name that no table or page can hold.
     """
     if not folder.is_dir():
         raise DataError("is not a folder", where=str(folder))
@@ -70,6 +70,8 @@ def find_videos(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in VIDEO_SUFFIXES or path.name.startswith("."):
             continue
+        if str(path) != str(path).encode(errors="replace").decode():
+            raise DataError("the file's name is not UTF-8", where=ascii(str(path)), fix="rename the file")
         if path.stem in videos:
             raise DataError(f"holds both {videos[path.stem].name} and {path.name}", where=str(folder),
                             fix="videos pair by file name without its ending: rename or move one of them")

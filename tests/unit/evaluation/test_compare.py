@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,7 +16,7 @@ import pytest
 
 from mindspeed_wan.cli import eval as eval_command
 from mindspeed_wan.errors import DataError, WanError
-from mindspeed_wan.evaluation import html
+from mindspeed_wan.evaluation import charts, html
 from mindspeed_wan.evaluation.frames import find_videos
 from mindspeed_wan.evaluation.score import CRITERIA, read_ratings, score
 
@@ -128,6 +129,17 @@ def test_two_videos_of_one_name_are_refused_and_hidden_files_left_out(folders: P
     (folders / "good" / "a.mov").write_bytes((folders / "good" / "a.mp4").read_bytes())
     with pytest.raises(DataError, match=r"both a\.mov and a\.mp4"):
         find_videos(folders / "good")
+
+
+def test_a_file_name_that_no_page_can_hold_is_refused(folders: Path) -> None:
+    (folders / "good" / "a.mp4").rename(folders / "good" / os.fsdecode("\u6d4b.mp4".encode("gbk")))
+    with pytest.raises(DataError, match="name is not UTF-8") as caught:
+        find_videos(folders / "good")
+    str(caught.value).encode()
+
+
+def test_a_legend_names_every_series() -> None:
+    assert charts.grouped("score", {"_base": {"score": 0.5}, "tuned": {"score": 0.6}}).count("_base</text>") == 1
 
 
 def test_pages_show_hostile_names_and_load_nothing(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
