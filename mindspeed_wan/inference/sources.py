@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_wan.checkpoint import sources as checkpoints
+from mindspeed_wan.config.translate import wan_section
 from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.inference.options import GenerateOptions
 from mindspeed_wan.models import original_names
@@ -241,7 +242,7 @@ def _expert_config(entry: checkpoints.Found, predictor: PredictorFile | None) ->
             return WanConfig.from_diffusers(values, where=str(config_file))
         return _with_image_keys(WanConfig.from_original(values, where=str(config_file)), entry)
     if predictor is not None:
-        return _from_predictor(predictor)
+        return WanConfig(**wan_section(predictor))
     return _from_shapes(entry)
 
 
@@ -258,17 +259,6 @@ def _with_image_keys(config: WanConfig, entry: checkpoints.Found) -> WanConfig:
     return config.with_changes(image_dim=stored.shape[0], pos_embed_len=positions.shape[1] if positions else None)
 
 
-def _from_predictor(predictor: PredictorFile) -> WanConfig:
-    clip = predictor.model_type in ("i2v", "flf2v")
-    return WanConfig(
-        num_layers=predictor.num_layers, dim=predictor.hidden_size, ffn_dim=predictor.ffn_dim,
-        num_heads=predictor.num_heads, in_channels=predictor.in_dim, out_channels=predictor.out_dim,
-        patch_size=predictor.patch_size, text_dim=predictor.text_dim, text_len=predictor.text_len,
-        freq_dim=predictor.freq_dim, eps=predictor.eps, rope_max_len=predictor.max_seq_len,
-        image_dim=predictor.img_dim if clip else None,
-    )
-
-
 def _from_shapes(entry: checkpoints.Found) -> WanConfig:
     """Derive the architecture from tensor shapes; Wan's heads always have 128 channels."""
     with checkpoints.open_weights(entry, WanConfig()) as files:
@@ -283,6 +273,7 @@ def _from_shapes(entry: checkpoints.Found) -> WanConfig:
             in_channels=in_channels, out_channels=head // (patch[0] * patch[1] * patch[2]),
             text_dim=shapes["text_embedding.linear_1.weight"][1], freq_dim=shapes["time_embedding.0.weight"][1],
             image_dim=shapes["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in shapes else None,
+            pos_embed_len=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
         )
     except KeyError as error:
         raise CheckpointError(f"tensor {error.args[0]!r} is missing: not a Wan DiT", where=str(entry.path)) from None

@@ -96,6 +96,26 @@ def test_shapes_stand_in_for_a_missing_description(mm_experts):
     assert config == expected  # head dim 128 is Wan's; a tiny model has to say otherwise
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_first_and_last_frame_model_keeps_its_image_positions(described, tmp_path):
+    import torch
+
+    from mindspeed_wan.models.wan.param_map import parameter_table
+
+    source = tiny_pipeline_folder(task="wan2.1-i2v")
+    config = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, text_dim=32, freq_dim=32, in_channels=36,
+                       image_dim=1280, pos_embed_len=514)
+    (tmp_path / "release" / "mp_rank_00").mkdir(parents=True)
+    weights = {param.mm: torch.zeros(param.shape, dtype=torch.bfloat16) for param in parameter_table(config)}
+    torch.save({"model": weights}, tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    predictor = PredictorFile(hidden_size=128, ffn_dim=96, num_heads=1, num_layers=2, text_dim=32, freq_dim=32,
+                              in_dim=36, model_type="flf2v")
+    encoders = {"vae": source / "vae", "text_encoder": source / "text_encoder", "image_encoder": source}
+    found = recognise(options(high_noise_ckpt=tmp_path, predictor=predictor if described else None, **encoders))
+    assert (found.task, found.config) == ("i2v-14B", config)
+
+
 def _card(folder: Path, expert: str) -> None:
     config = WanConfig(num_layers=2, dim=48, ffn_dim=96, num_heads=4, text_dim=32, freq_dim=32)
     (folder / "release" / "wan.json").write_text(json.dumps({"expert": expert, "config": config.to_dict()}))
