@@ -34,8 +34,8 @@ class Fsdp2File(Section):
     """Free gathered parameters after the forward pass."""
     param_dtype: DTypeName | None = None
     """Compute type."""
-    reduce_dtype: DTypeName | None = None
-    """Gradient reduction type."""
+    reduce_dtype: DTypeName | None = "fp32"
+    """Type gradients are reduced in; null is the compute type."""
     output_dtype: DTypeName | None = None
     """Type of unit outputs."""
     cast_forward_inputs: bool = True

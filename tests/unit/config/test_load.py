@@ -162,6 +162,13 @@ def test_lengths_in_clips_and_fractions(world: World):
     assert config.optimizer.warmup_iters == pytest.approx(50.0)
 
 
+def test_gradients_are_reduced_in_fp32_unless_the_file_says_otherwise(world: World):
+    world.fsdp2 = FSDP2.replace('reduce_dtype: "fp32"\n', "")
+    assert parse(world.argv(), EIGHT).fsdp2.reduce_dtype == "fp32"
+    world.fsdp2 = FSDP2.replace('reduce_dtype: "fp32"', "reduce_dtype: null")
+    assert parse(world.argv(), EIGHT).fsdp2.reduce_dtype is None
+
+
 def test_class_dialect_of_fsdp2(world: World):
     world.fsdp2 = "sub_modules_to_wrap:\n  - mindspeed_mm.models.wan_dit.WanDiTBlock\nsharding_size: null\n"
     config = parse(world.argv(), EIGHT)
