@@ -8,11 +8,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from mindspeed_wan.errors import WanError
+from mindspeed_wan.parallel.agreement import all_or_none, first_decides
 from mindspeed_wan.parallel.dims import ParallelDims
-from mindspeed_wan.parallel.groups import ParallelGroups, build_groups, init_distributed
+from mindspeed_wan.parallel.groups import ParallelGroups, build_groups, init_distributed, new_groups
 from mindspeed_wan.parallel.inference_layout import InferenceLayout
 from mindspeed_wan.platforms.base import Platform
 
@@ -57,39 +56,14 @@ class Runtime:
 
     def agree(self, function: Callable[[], T]) -> T:
         """Run ``function`` on every rank of the replica; a ``WanError`` on one is raised on all. Collective."""
-        result: T | None = None
-        failure: WanError | None = None
-        try:
-            result = function()
-        except WanError as error:
-            failure = error
-        if self.replica_group is not None:
-            failures: list[WanError | None] = [None] * self.layout.replica_size
-            dist.all_gather_object(failures, failure, group=self.replica_group)
-            failure = next((error for error in failures if error is not None), None)
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
+        return function() if self.replica_group is None else all_or_none(function, self.replica_group)
 
     def lead(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the replica's first rank and give its result, or ``WanError``, to all. Collective.
 
         The result must pickle; tensors in it should be on the CPU.
         """
-        if self.replica_group is None:
-            return function()
-        outcome: list[tuple[T | None, WanError | None]] = [(None, None)]
-        if self.leads:
-            try:
-                outcome = [(function(), None)]
-            except WanError as error:
-                outcome = [(None, error)]
-        source = self.rank - self.rank % self.layout.replica_size
-        dist.broadcast_object_list(outcome, src=source, group=self.replica_group)
-        result, failure = outcome[0]
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
+        return function() if self.replica_group is None else first_decides(function, self.replica_group)
 
 
 def start(platform: Platform, layout: InferenceLayout, timeout_minutes: float) -> Runtime:
@@ -113,14 +87,6 @@ def start(platform: Platform, layout: InferenceLayout, timeout_minutes: float) -
     pairs = sorted({tuple(layout.cfg_ranks(rank)) for rank in range(layout.world_size)})
     return Runtime(
         platform=platform, layout=layout, groups=groups, replica=replica, branch=branch,
-        replica_group=_new_groups(replicas, groups.rank, timeout),
-        cfg_group=_new_groups([list(pair) for pair in pairs], groups.rank, timeout),
+        replica_group=new_groups(replicas, timeout) if layout.replica_size > 1 else None,
+        cfg_group=new_groups(pairs, timeout) if layout.cfg > 1 else None,
     )
-
-
-def _new_groups(members: list[list[int]], rank: int, timeout: timedelta) -> Any:
-    """Create every group (all ranks must, in the same order) and return this rank's; ``None`` for groups of one."""
-    if len(members[0]) == 1:
-        return None
-    created = [dist.new_group(ranks, timeout=timeout) for ranks in members]
-    return next(group for ranks, group in zip(members, created) if rank in ranks)

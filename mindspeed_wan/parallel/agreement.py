@@ -1,7 +1,8 @@
-"""Decisions that all ranks share: what rank 0 found out, and whether anybody failed.
+"""Decisions that ranks share: what the first one found out, and whether anybody failed.
 
 A rank that raises alone leaves the others waiting in a collective until the time-out. Where a failure is likely (disks,
-checkpoints, data), ranks exchange their outcome instead and all raise the same error.
+checkpoints, data), ranks exchange their outcome instead and all raise the same error. ``group`` is the ranks that
+agree, ``None`` all of the job.
 """
 
 from __future__ import annotations
@@ -23,46 +24,50 @@ def is_first() -> bool:
 
 def barrier() -> None:
     """Wait for all ranks; nothing to do for one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not _alone():
         dist.barrier()
 
 
-def first_decides(function: Callable[[], T]) -> T:
-    """Run ``function`` on rank 0 and return its result on every rank; its ``WanError`` is raised on every rank.
+def first_decides(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``function`` on the first rank and return its result on every rank; its ``WanError`` is raised on every rank.
 
-    Collective. The result must pickle; it crosses from rank 0 of this very job only.
+    Collective. The result must pickle (tensors in it should be on the CPU); it crosses between ranks of this very job.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _alone(group):
         return function()
     outcome: list[tuple[T | None, WanError | None]] = [(None, None)]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(function(), None)]
-        except WanError as error:
-            outcome = [(None, error)]
-    dist.broadcast_object_list(outcome, src=0)
+    if dist.get_rank(group) == 0:
+        outcome = [_outcome(function)]
+    dist.broadcast_object_list(outcome, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     result, failure = outcome[0]
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
 
 
-def all_or_none(function: Callable[[], T]) -> T:
+def all_or_none(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run ``function`` on every rank; if it raises a ``WanError`` anywhere, all ranks raise the first rank's error.
 
     Collective. ``function`` itself must not be left early by some ranks in the middle of a collective.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _alone(group):
         return function()
-    result: T | None = None
-    failure: WanError | None = None
-    try:
-        result = function()
-    except WanError as error:
-        failure = error
-    failures: list[WanError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    result, failure = _outcome(function)
+    failures: list[WanError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
     first = next((error for error in failures if error is not None), None)
     if first is not None:
         raise first
     return result  # type: ignore[return-value]
+
+
+def _alone(group: dist.ProcessGroup | None = None) -> bool:
+    return not dist.is_initialized() or dist.get_world_size(group) == 1
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, WanError | None]:
+    """Return the function's result, or the ``WanError`` it raised."""
+    try:
+        return function(), None
+    except WanError as error:
+        return None, error

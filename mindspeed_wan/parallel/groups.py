@@ -7,6 +7,7 @@ A world of one rank needs neither torchrun nor Megatron: every group is ``None``
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,7 @@ def _context_subgroups(
     if dims.ulysses_size == 1:
         return None, context
     ranks = torch.arange(dims.world_size).view(-1, dims.ring, dims.ulysses_size, dims.tensor)  # stages x data first
-    return _new_groups(ranks.movedim(2, -1), timeout), _new_groups(ranks.movedim(1, -1), timeout)
+    return new_groups(_rows(ranks, 2), timeout), new_groups(_rows(ranks, 1), timeout)
 
 
 def _data_subgroups(
@@ -211,15 +212,20 @@ def _data_subgroups(
     if dims.replicas == 1:
         return None, parallel_state.get_data_parallel_group(with_context_parallel=True)
     ranks = torch.arange(dims.world_size).view(-1, dims.replicas, dims.shard_size, dims.tensor)  # stages first
-    return _new_groups(ranks.movedim(1, -1), timeout), _new_groups(ranks.movedim(2, -1), timeout)
+    return new_groups(_rows(ranks, 1), timeout), new_groups(_rows(ranks, 2), timeout)
 
 
-def _new_groups(ranks: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """Create a group for every row of ``ranks [..., members]`` and return this rank's; all ranks do so in one order."""
+def _rows(ranks: torch.Tensor, axis: int) -> list[list[int]]:
+    """Return every row of ``ranks`` along ``axis``."""
+    return ranks.movedim(axis, -1).flatten(0, -2).tolist()  # type: ignore[no-any-return]
+
+
+def new_groups(members: Sequence[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """Create a group of each list of ranks and return this rank's. Collective: all ranks give the same lists."""
     mine = None
-    for members in ranks.flatten(0, -2).tolist():
-        group = dist.new_group(members, timeout=timeout)
-        if dist.get_rank() in members:
+    for ranks in members:
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
             mine = group
     assert mine is not None
     return mine
