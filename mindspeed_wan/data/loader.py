@@ -15,7 +15,8 @@ from torch import Tensor
 from mindspeed_wan.data.bad_samples import BadSample, BadSampleLog
 from mindspeed_wan.data.dataset import ClipDataset, Failure, Sample
 from mindspeed_wan.data.sampler import GlobalBatchSampler, Key, rank_slice
-from mindspeed_wan.errors import DataError, ResourceError
+from mindspeed_wan.errors import DataError
+from mindspeed_wan.parallel.failures import lost_worker
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,7 @@ def _checked(samples_of: Any, collate: Any, log: BadSampleCounter, pin_memory: b
         except RuntimeError as error:
             if "worker" not in str(error):
                 raise
-            raise ResourceError(
-                f"a data worker died: {str(error).splitlines()[0]}",
-                fix="free memory, enlarge /dev/shm (docker --shm-size) or lower --num-workers",
-            ) from None
+            raise lost_worker(error) from None
         for sample in samples:
             log.add(sample.bad)
         failed = next((sample for sample in samples if isinstance(sample, Failure)), None)

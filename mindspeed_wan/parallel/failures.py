@@ -1,4 +1,4 @@
-"""What torch raises when another rank is lost or memory runs out, turned into errors with a fix and an exit code."""
+"""What torch raises when another rank or a data worker is lost or memory runs out, as errors with fix and exit code."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_WORKER = re.compile(r"DataLoader worker")
 _SMALLER = ("shard more (FSDP2, TP, CP), recompute more blocks, lower MBS, or offload_to_cpu in the FSDP2 file; "
             "mindspeed-wan plan shows what a layout needs")
 _AGAIN = "run the same command again to go on from the last save"
@@ -28,6 +29,8 @@ _AGAIN = "run the same command again to go on from the last save"
 @contextmanager
 def explained(*, smaller: str = _SMALLER, again: str = _AGAIN) -> Iterator[None]:
     """Run the work of a rank, and raise ``ParallelError`` for a lost peer, ``ResourceError`` for lack of memory.
+
+    A data worker that died is lack of memory too.
 
     Args:
         smaller: what to do about lack of memory.
@@ -51,6 +54,8 @@ def explained(*, smaller: str = _SMALLER, again: str = _AGAIN) -> Iterator[None]
 def _explain(error: BaseException, smaller: str, again: str) -> WanError | None:
     message = str(error) or type(error).__name__
     first_line = message.splitlines()[0]
+    if _WORKER.match(message):
+        return lost_worker(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(message):
         return ResourceError(f"out of memory: {first_line}", fix=smaller)
     if dist.is_initialized() and (isinstance(error, dist.DistError) or _LOST.search(message)):
@@ -59,6 +64,12 @@ def _explain(error: BaseException, smaller: str, again: str) -> WanError | None:
             fix=f"{again}; if a rank is slow rather than lost, raise --distributed-timeout-minutes",
         )
     return None
+
+
+def lost_worker(error: BaseException) -> ResourceError:
+    """Return the error for a data worker that died. torch raises wherever the process is when it hears of it."""
+    return ResourceError(f"a data worker died: {str(error).splitlines()[0]}",
+                         fix="free memory, enlarge /dev/shm (docker --shm-size) or lower --num-workers")
 
 
 def _rank() -> int:

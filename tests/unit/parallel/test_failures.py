@@ -52,6 +52,13 @@ def test_memory(error):
     assert raised.value.exit_code == 3 and "mindspeed-wan plan" in str(raised.value)
 
 
+@pytest.mark.parametrize("words", ["is killed by signal: Killed. ", "exited unexpectedly with exit code 1."])
+def test_a_data_worker_that_died_during_a_step(in_a_job, words):
+    with pytest.raises(ResourceError, match="a data worker died: DataLoader worker") as raised, explained():
+        raise RuntimeError(f"DataLoader worker (pid 658) {words}\nIt is out of shared memory")
+    assert raised.value.exit_code == 3 and "--num-workers" in str(raised.value)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("timed out"), DataError("timeout")])
 def test_other_errors_pass_unchanged(in_a_job, error):
     with pytest.raises(type(error)) as raised, explained():
