@@ -17,10 +17,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRESS_FILE = "training.json"
+_FOLDER = re.compile(r"iter_(0\d{6}|[1-9]\d{6,})", re.ASCII)
+"""The name that a save of ours has; any other spelling of a number is somebody else's."""
 
 
 class OptimizerState(Protocol):
@@ -61,7 +65,8 @@ class Progress:
     """How far a run has come. ``iteration`` counts from the first start, ``skipped`` the updates left out.
 
     ``bad_steps`` in a row were left out just now; ``loss_average`` (exponential, not yet bias-corrected) and
-    ``loss_count`` are what a spike of the loss is measured against.
+    ``loss_count`` are what a spike of the loss is measured against. ``command`` is the digest of the configuration
+    that the run was started with.
     """
 
     iteration: int = 0
@@ -74,6 +79,7 @@ class Progress:
     bad_steps: int = 0
     loss_count: int = 0
     loss_average: float = 0.0
+    command: str = ""
 
 
 # ---- what is saved -------------------------------------------------------------------------------------------
@@ -220,6 +226,7 @@ def commit(staging: Path, final: Path, records: Mapping[str, manifest.FileRecord
         record.attach(staging)
     manifest.write_text_atomic(staging / PROGRESS_FILE, json.dumps(asdict(record.progress), indent=2) + "\n")
     manifest.write_manifest(staging, {"iteration": record.progress.iteration}, known=records)
+    manifest.announce_next(final.parent, record.progress.iteration, staging)
     manifest.commit_folder(staging, final)
     manifest.write_tracker(final.parent, record.progress.iteration)
     if record.keep_last is not None:
@@ -227,29 +234,70 @@ def commit(staging: Path, final: Path, records: Mapping[str, manifest.FileRecord
 
 
 def remove_old(root: Path, keep_last: int) -> list[Path]:
-    """Remove all but the newest ``keep_last`` complete iterations of ``root``; never the tracker's own.
+    """Remove all but the newest ``keep_last`` complete iterations up to the tracker's, which always stays.
 
-    Folders without a manifest are neither counted nor touched: they are somebody else's, or damage to look at.
+    Folders without a manifest, and those newer than the tracker, are neither counted nor touched: they are somebody
+    else's, of a branch that was left, or damage to look at.
     """
     named = manifest.read_tracker(root)
-    old = [(i, folder) for i, folder in complete_iterations(root) if i != named][max(keep_last - 1, 0):]
-    for _, folder in old:
+    older = [folder for iteration, folder in complete_iterations(root) if iteration < int(named)]
+    old = older[max(keep_last - 1, 0):]
+    for folder in old:
         # Under a staging name a half-removed folder does not look complete, and the next save clears it.
         doomed = manifest.staging_path(folder)
-        shutil.rmtree(doomed, ignore_errors=True)
         with suppress(OSError):
+            if os.path.lexists(doomed):
+                manifest.remove_folder(doomed)
             os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return [folder for _, folder in old]
+            manifest.remove_folder(doomed)
+    return old
+
+
+def set_aside(root: Path, *, above: int | None, spare: Path | None = None, files: Sequence[str] = ()) -> Path | None:
+    """Move the complete iterations newer than ``above`` (all for ``None``) into a folder of their own.
+
+    A run that starts from an older checkpoint leaves them: nothing may take them for its own saves later. The tracker
+    is set back first, so whoever is killed on the way finds them newer than the tracker and goes on moving them.
+
+    Args:
+        root: the save folder; its lock is held.
+        above: the iteration that the run starts from.
+        spare: a folder to leave in place, and the tracker with it: the weights start from there.
+        files: names in ``root`` that are copied with them where they exist.
+
+    Returns:
+        The new folder, a checkpoint root itself; ``None`` when there is nothing to move.
+    """
+    newer = [(iteration, folder) for iteration, folder in complete_iterations(root)
+             if (above is None or iteration > above) and not (spare is not None and folder.samefile(spare))]
+    try:
+        if above is not None and manifest.tracker_or_none(root) != above:
+            manifest.write_tracker(root, above)
+        if not newer:
+            return None
+        if above is None and spare is None:
+            (root / manifest.TRACKER_NAME).unlink(missing_ok=True)
+        aside = next(path for path in (root / f"abandoned_{number}" for number in count(1)) if not path.exists())
+        aside.mkdir()
+        for name in files:
+            if (root / name).is_file():
+                shutil.copyfile(root / name, aside / name)
+        for _, folder in newer:
+            os.rename(folder, aside / folder.name)
+        manifest.write_tracker(aside, newer[0][0])
+        manifest.fsync_folder(root)
+    except OSError as error:
+        raise manifest.disk_error(error, root) from None
+    return aside
 
 
 def complete_iterations(root: str | Path) -> list[tuple[int, Path]]:
     """Return (iteration, folder) of every ``iter_*`` folder of ours that has a manifest, newest first."""
     found = []
     for folder in Path(root).glob("iter_*"):
-        number = folder.name.removeprefix("iter_")
-        if number.isdigit() and (folder / manifest.MANIFEST_NAME).is_file() and (folder / PROGRESS_FILE).is_file():
-            found.append((int(number), folder))
+        match = _FOLDER.fullmatch(folder.name)
+        if match and (folder / manifest.MANIFEST_NAME).is_file() and (folder / PROGRESS_FILE).is_file():
+            found.append((int(match[1]), folder))
     return sorted(found, reverse=True)
 
 
@@ -263,22 +311,14 @@ def newest(root: str | Path, *, step: int | None = None, strict: bool = False, f
     A damaged newest checkpoint is reported through ``warn`` and the one before it is taken, unless ``strict`` or an
     explicit ``step`` ask for that very one. Call on rank 0 and share the answer (:func:`agreement.first_decides`).
     """
-    # A folder newer than the tracker was committed by a run killed before it could move the tracker: it is whole.
     iterations = complete_iterations(root)
-    if step is None and (Path(root) / manifest.TRACKER_NAME).exists():
-        named = manifest.read_tracker(root)
+    if step is None:
+        named = manifest.named_iteration(root)
         if named == manifest.RELEASE:
             return None
-        if not iterations:
-            manifest.checkpoint_folder(root)  # names a folder that is gone: an error, not a fresh start
-        elif int(named) > iterations[0][0]:
-            tracker, last = Path(root) / manifest.TRACKER_NAME, iterations[0][1].name
-            message = f"names iteration {named}, which is no complete checkpoint here; the newest one is {last}"
-            if strict:
-                raise CheckpointError(message, where=str(tracker), fix="copy that iteration again, or correct the "
-                                      "tracker")
-            warn(f"warning: {tracker}: {message}")
-    wanted = [entry for entry in iterations if step is None or entry[0] == step]
+        wanted = iterations if named is None else _up_to(int(named), iterations, Path(root), strict=strict, warn=warn)
+    else:
+        wanted = [entry for entry in iterations if entry[0] == step]
     failure: WanError | None = None
     for iteration, folder in wanted:
         try:
@@ -296,6 +336,26 @@ def newest(root: str | Path, *, step: int | None = None, strict: bool = False, f
     if failure is not None:
         raise failure
     return None
+
+
+def _up_to(named: int, iterations: list[tuple[int, Path]], root: Path, *, strict: bool,
+           warn: Any) -> list[tuple[int, Path]]:
+    """Return the iterations up to the tracker's, and say so when that one is missing or is not the newest."""
+    if not iterations:
+        manifest.checkpoint_folder(root, named)  # a folder that is gone is an error, not a fresh start
+    tracker, older = root / manifest.TRACKER_NAME, [entry for entry in iterations if entry[0] <= named]
+    newer = ", ".join(folder.name for _, folder in reversed(iterations[:len(iterations) - len(older)]))
+    if iterations and not older:
+        raise CheckpointError(f"names iteration {named}, which is no complete checkpoint here; newer ones are {newer}",
+                              where=str(tracker), fix="write the number of one of them into it, or copy that one again")
+    if older and older[0][0] != named:
+        message = f"names iteration {named}, which is no complete checkpoint here; the one before is {older[0][1].name}"
+        if strict:
+            raise CheckpointError(message, where=str(tracker), fix="copy that iteration again, or correct the tracker")
+        warn(f"warning: {tracker}: {message}")
+    if newer:
+        warn(f"warning: {tracker}: names iteration {named}; the newer {newer} are not used")
+    return older
 
 
 def read_progress(folder: Path) -> Progress:

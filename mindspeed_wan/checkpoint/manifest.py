@@ -25,6 +25,7 @@ from mindspeed_wan.errors import CheckpointError, ResourceError
 MANIFEST_NAME = "manifest.json"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+_NEXT_NAME = f".{TRACKER_NAME}.next"
 _MANIFEST_VERSION = 2
 """2 added the seal, a checksum of the manifest itself; 1 is still read."""
 _BLOCK = 8 << 20
@@ -273,19 +274,19 @@ def commit_folder(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) ->
             os.rename(tmp, final)
         elif _exchange(tmp, final):
             fsync_folder(final.parent)
-            _remove(tmp)
+            remove_folder(tmp)
         else:
             aside = _aside_path(final)
             os.rename(final, aside)
             os.rename(tmp, final)
             fsync_folder(final.parent)
-            _remove(aside)
+            remove_folder(aside)
         fsync_folder(final.parent)
     except OSError as error:
         raise disk_error(error, final) from None
 
 
-def _remove(path: Path) -> None:
+def remove_folder(path: Path) -> None:
     """Remove a folder, or a link without touching what it points at."""
     if path.is_symlink():
         path.unlink()
@@ -338,6 +339,33 @@ def _exchange(first: Path, second: Path) -> bool:
 def write_tracker(root: str | os.PathLike[str], iteration: int | str) -> None:
     """Name the newest complete checkpoint of ``root``: an iteration number or ``"release"``. Call it last."""
     write_text_atomic(Path(root) / TRACKER_NAME, str(_parse_tracker(str(iteration), Path(root) / TRACKER_NAME)))
+    (Path(root) / _NEXT_NAME).unlink(missing_ok=True)
+
+
+def announce_next(root: str | os.PathLike[str], iteration: int, folder: str | os.PathLike[str]) -> None:
+    """Note that ``iteration`` is about to be put in place and the tracker to be moved to it.
+
+    A process killed between those two leaves the note, by which ``committed_next`` tells the checkpoint it had just
+    finished from a newer one that somebody has set the tracker back from.
+
+    Args:
+        root: the checkpoint root.
+        iteration: the number of the new checkpoint.
+        folder: its staging folder, sealed.
+    """
+    note = {"iteration": iteration, "manifest": hash_file(Path(folder) / MANIFEST_NAME).sha256}
+    write_text_atomic(Path(root) / _NEXT_NAME, json.dumps(note) + "\n")
+
+
+def committed_next(root: str | os.PathLike[str]) -> int | None:
+    """Return the iteration that was put in place, but not yet named by the tracker, when its process was killed."""
+    try:
+        note = json.loads((Path(root) / _NEXT_NAME).read_text(encoding="utf-8"))
+        iteration = int(note["iteration"])
+        sealed = hash_file(checkpoint_folder(root, iteration) / MANIFEST_NAME).sha256
+        return iteration if sealed == note["manifest"] else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, CheckpointError):
+        return None  # no note, a torn one, or the kill came before the folder was in place
 
 
 def read_tracker(root: str | os.PathLike[str]) -> int | str:
@@ -358,6 +386,23 @@ def read_tracker(root: str | os.PathLike[str]) -> int | str:
     if len(raw) > _TRACKER_LIMIT:
         raise CheckpointError("the tracker is not one short word", where=str(path), fix=_TRACKER_FIX)
     return _parse_tracker(raw.decode("utf-8-sig", errors="replace"), path)
+
+
+def tracker_or_none(root: str | os.PathLike[str]) -> int | str | None:
+    """Return what the tracker names, ``None`` where there is none; a torn one is an error."""
+    return read_tracker(root) if (Path(root) / TRACKER_NAME).exists() else None
+
+
+def named_iteration(root: str | os.PathLike[str]) -> int | str | None:
+    """Return what the tracker names, or ought to: its process may have been killed just before. ``None`` without one.
+
+    Raises:
+        CheckpointError: the tracker is torn.
+    """
+    named, pending = tracker_or_none(root), committed_next(root)
+    if pending is not None and (not isinstance(named, int) or pending > named):
+        return pending
+    return named
 
 
 def checkpoint_folder(root: str | os.PathLike[str], iteration: int | str | None = None) -> Path:

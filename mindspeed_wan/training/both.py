@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mindspeed_wan.checkpoint.manifest import TRACKER_NAME, checkpoint_folder
+from mindspeed_wan.checkpoint.manifest import checkpoint_folder, named_iteration
 from mindspeed_wan.checkpoint.sources import EXPERT_FOLDERS
 from mindspeed_wan.config import flags
 from mindspeed_wan.config.schema import RunConfig
@@ -181,11 +181,10 @@ def _expert_folder(root: str, expert: str) -> str:
 
 def is_done(config: RunConfig) -> bool:
     """Tell whether this run's last iteration is saved already."""
-    section = config.checkpoint
-    if section.save is None or section.finetune:
-        return False
-    tracker = Path(section.save) / TRACKER_NAME
-    return tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == str(config.training.train_iters)
+    from mindspeed_wan.training.start import goes_on_from_save
+
+    save = config.checkpoint.save
+    return save is not None and goes_on_from_save(config) and named_iteration(save) == config.training.train_iters
 
 
 def collect_adapters(configs: Sequence[RunConfig]) -> list[Path]:

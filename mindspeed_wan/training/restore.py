@@ -2,7 +2,8 @@
 
 Order of precedence: a checkpoint under ``--save`` (the run was stopped or killed and is started again by the same
 command), a training checkpoint under ``--load``, weights under ``--load``, ``--from-scratch``. ``--finetune`` takes
-only weights and starts at iteration 0, as in Megatron.
+only weights and starts at iteration 0, as in Megatron, and ``--ckpt-step`` starts from the iteration it names; what
+either of them has saved since is gone on from (``start``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mindspeed_wan.parallel.groups import ParallelGroups
 from mindspeed_wan.training import adapters
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.optimizer import AdamW
+from mindspeed_wan.training.start import goes_on_from_save
 
 CARD_VERSION = 1
 
@@ -44,13 +46,13 @@ def model_card(config: RunConfig, wan: WanConfig) -> dict[str, Any]:
 def training_checkpoint(config: RunConfig) -> Found | None:
     """Return the training checkpoint this run goes on from, verified, or ``None``. Rank 0."""
     section = config.checkpoint
-    if section.finetune:
-        return None
-    if section.save is not None and section.ckpt_step is None and Path(section.save).is_dir():
+    if section.save is not None and goes_on_from_save(config):
         found = dcp.newest(section.save, strict=section.strict_resume, full_hash=section.verify, warn=_warn)
         if found is not None:
             return found
         _refuse_to_start_over(Path(section.save))
+    if section.finetune:
+        return None
     if section.load is None or not Path(section.load).is_dir():
         return None
     if config.lora is not None and section.load_base_model is None:

@@ -41,6 +41,7 @@ from mindspeed_wan.training.pipeline import PipelineStep
 from mindspeed_wan.training.restore import model_card, restore
 from mindspeed_wan.training.saving import Saver
 from mindspeed_wan.training.source import FeedOpener, OwnFeed
+from mindspeed_wan.training.start import command_digest, leave_other_branches
 from mindspeed_wan.training.step import TrainStep
 from mindspeed_wan.training.validation import Validation
 from mindspeed_wan.training.validation_videos import ValidationVideos
@@ -78,6 +79,7 @@ def prepare(config: RunConfig, platform: Platform, open_feed: FeedOpener = OwnFe
     ema = Ema(optimizer.masters(), config.training.ema_decay) if config.training.ema_decay is not None else None
     progress = restore(config, model, groups, optimizer, ema)
     progress.global_batch_size = config.global_batch(world_size)
+    progress.command = command_digest(config)
     source = open_feed(config, groups, platform, progress)
     step = train_step(config, model, groups, platform)
     evaluates = config.training.eval_interval is not None and config.training.eval_iters > 0
@@ -201,9 +203,15 @@ def make_deterministic() -> None:
 
 def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object], lock: FolderLock,
                       files: adapters.AdapterFiles | None) -> None:
-    """Write what produced the run and open its metrics on rank 0; an unwritable folder fails on every rank."""
+    """Clear the folder of other branches, write what produced the run and open its metrics on rank 0.
+
+    An unwritable folder fails on every rank.
+    """
     section = run.config.checkpoint
     save = str(section.save)
+    told = first_decides(lambda: leave_other_branches(run.config))
+    if told and run.first_rank:
+        print(f" {told}", flush=True)
     run.saver = Saver(section, views, run.optimizer, run.ema, card, lock, files)
     first_decides(lambda: write_provenance(save, run.config.resolved()))
     if run.first_rank:

@@ -195,7 +195,8 @@ def retention(tally: Tally, count: int, folder: Path) -> None:
             keep = rng.randint(1, 3)
             dcp.remove_old(root, keep)
             left = {p.name for p in root.iterdir() if p.is_dir()}
-            wanted = {named, *[i for i in good if i != named][: keep - 1]}
+            newer = {i for i in good if i > named}  # of a branch that was left: somebody may want it
+            wanted = {named, *newer, *[i for i in good if i < named][: keep - 1]}
             expected = {f"iter_{i:07d}" for i in wanted | (set(numbers) - set(good))} | set(strangers)
             assert left == expected, f"keep {keep}, good {good}, tracker {named}: {left ^ expected}"
 

@@ -98,6 +98,48 @@ def test_kill_9_after_seven_of_twenty_iterations(world: World, tmp_path: Path) -
     assert_same_end(straight, killed, 20)
 
 
+def iterations(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("iter_*"))
+
+
+def test_a_step_back_leaves_the_newer_branch_and_is_made_once(world: World, tmp_path: Path) -> None:
+    """``--ckpt-step`` on the save folder itself: later saves are moved aside; a restart goes on."""
+    save = tmp_path / "run"
+    every = ["--save-interval", "1", "--train-iters", "4"]
+    run_ranks(train_rank, 1, world.flags(save, *every))
+    straight = checkpoint_tensors(save / "iter_0000004")
+    before = metrics(save)
+    back = world.flags(save, *every, "--load", str(save), "--ckpt-step", "2", "--exit-interval", "3")
+    assert run_ranks(train_until_stopped, 1, back) == [75]
+    assert iterations(save) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    assert iterations(save / "abandoned_1") == ["iter_0000003", "iter_0000004"]
+    assert metrics(save / "abandoned_1") == before
+
+    run_ranks(train_rank, 1, back)  # as a batch system would: the same command goes on instead of going back again
+    assert iterations(save)[-1] == "iter_0000004" and not (save / "abandoned_2").exists()
+    found = checkpoint_tensors(save / "iter_0000004")
+    assert all(torch.equal(found[key], straight[key]) for key in straight)
+
+    (save / "latest_checkpointed_iteration.txt").write_text("1\n")  # by hand
+    assert run_ranks(train_until_stopped, 1, world.flags(save, *every, "--exit-interval", "2")) == [75]
+    assert iterations(save) == ["iter_0000001", "iter_0000002"]
+    assert iterations(save / "abandoned_2") == ["iter_0000002", "iter_0000003", "iter_0000004"]
+
+    run_ranks(train_rank, 1, world.flags(save, *every, "--load", str(save / "iter_0000001")))
+    assert iterations(save / "abandoned_3") == ["iter_0000002"] and iterations(save)[-1] == "iter_0000004"
+
+
+def test_finetune_started_again_goes_on(world: World, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    run_ranks(train_rank, 1, world.flags(save, "--save-interval", "1", "--train-iters", "2"))
+    command = world.flags(save, "--load", str(save), "--finetune", "--train-iters", "4", "--exit-interval", "3")
+    assert run_ranks(train_until_stopped, 1, command) == [75]
+    assert iterations(save) == ["iter_0000002", "iter_0000003"]  # the weights it starts from stay where they are
+    assert iterations(save / "abandoned_1") == ["iter_0000001"]
+    run_ranks(train_rank, 1, command)
+    assert [row["iteration"] for row in metrics(save)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_exits_75(number: signal.Signals, world: World, tmp_path: Path) -> None:
     job = launch(world, tmp_path, "--train-iters", "100000", *FSDP2)

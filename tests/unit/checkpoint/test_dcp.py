@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,12 +19,17 @@ from torch import nn
 
 from mindspeed_wan.checkpoint import dcp
 from mindspeed_wan.checkpoint.background import BackgroundSave
+from mindspeed_wan.checkpoint.manifest import TRACKER_NAME
 from mindspeed_wan.checkpoint.sources import Found
 from mindspeed_wan.errors import CheckpointError, ResourceError
 from mindspeed_wan.training.ema import Ema
 from mindspeed_wan.training.optimizer import AdamW
 
 CARD = {"task": "t2v", "expert": "high", "boundary": 0.875, "shift": 5.0}
+
+
+class Killed(BaseException):
+    """Stands for a kill at a place of our choice."""
 
 
 class Tiny:
@@ -157,24 +163,100 @@ def test_every_checkpoint_damaged_is_an_error(tmp_path: Path) -> None:
         dcp.newest(tmp_path, warn=lambda text: None)
 
 
+def killed_before_the_tracker_moved(root: Path, iteration: int) -> None:
+    """Save ``iteration`` in a process that dies between putting the folder in place and moving the tracker."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(dcp.manifest, "write_tracker", Mock(side_effect=Killed))
+        Tiny(iteration).save(root, iteration)
+
+
 def test_a_committed_folder_the_tracker_does_not_name_yet_is_used(tmp_path: Path) -> None:
+    killed_before_the_tracker_moved(tmp_path / "first", 1)
+    assert dcp.newest(tmp_path / "first") is not None
     Tiny(1).save(tmp_path, 1)
-    Tiny(2).save(tmp_path, 2)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    killed_before_the_tracker_moved(tmp_path, 2)
+    assert (tmp_path / TRACKER_NAME).read_text() == "1"
     found = dcp.newest(tmp_path)
     assert found is not None and found.iteration == 2
-    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    (tmp_path / TRACKER_NAME).unlink()
     assert dcp.newest(tmp_path) is not None
+
+
+def test_the_first_save_over_converted_weights_is_used_when_the_tracker_still_names_them(tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / TRACKER_NAME).write_text("release")
+    killed_before_the_tracker_moved(tmp_path, 3)
+    found = dcp.newest(tmp_path)
+    assert found is not None and found.iteration == 3
+
+
+def test_a_tracker_set_back_by_hand_decides(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3):
+        Tiny(iteration).save(tmp_path, iteration)
+    (tmp_path / TRACKER_NAME).write_text("1\r\n")
+    warnings: list[str] = []
+    found = dcp.newest(tmp_path, warn=warnings.append)
+    assert found is not None and found.iteration == 1
+    assert len(warnings) == 1 and "the newer iter_0000002, iter_0000003 are not used" in warnings[0]
+
+
+def test_a_note_of_a_save_that_never_came_to_be_is_not_believed(tmp_path: Path) -> None:
+    for iteration in (1, 2):
+        Tiny(iteration).save(tmp_path, iteration)
+    (tmp_path / TRACKER_NAME).write_text("1")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(dcp.manifest, "commit_folder", Mock(side_effect=Killed))
+        Tiny(5).save(tmp_path, 2)  # killed before it could replace the older folder of this name
+    found = dcp.newest(tmp_path, warn=lambda text: None)
+    assert found is not None and found.iteration == 1
+
+
+def test_what_is_newer_than_the_start_is_moved_aside_whole(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3):
+        Tiny(iteration).save(tmp_path, iteration)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    aside = dcp.set_aside(tmp_path, above=1, files=("metrics.jsonl", "validation.jsonl"))
+    assert aside == tmp_path / "abandoned_1"
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt", "metrics.jsonl"]
+    assert (dcp.newest(tmp_path), dcp.newest(aside)) == (
+        Found(tmp_path / "iter_0000001", "dcp", 1), Found(aside / "iter_0000003", "dcp", 3))
+    assert dcp.set_aside(tmp_path, above=1) is None
+    Tiny(4).save(tmp_path, 2)
+    assert dcp.set_aside(tmp_path, above=None) == tmp_path / "abandoned_2"
+    assert dcp.newest(tmp_path) is None and not (tmp_path / TRACKER_NAME).exists()
+
+
+def test_a_move_aside_that_was_killed_never_brings_the_branch_back(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3):
+        Tiny(iteration).save(tmp_path, iteration)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(dcp.os, "rename", Mock(side_effect=Killed))
+        dcp.set_aside(tmp_path, above=1)
+    found = dcp.newest(tmp_path, warn=lambda text: None)
+    assert found is not None and found.iteration == 1
+    aside = dcp.set_aside(tmp_path, above=1)
+    assert aside is not None and len(list(aside.glob("iter_*"))) == 2
 
 
 def test_a_tracker_that_names_an_iteration_which_is_gone_is_reported(tmp_path: Path) -> None:
     Tiny(1).save(tmp_path, 1)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    (tmp_path / TRACKER_NAME).write_text("7")
     warnings: list[str] = []
     found = dcp.newest(tmp_path, warn=warnings.append)
     assert found is not None and found.iteration == 1 and "names iteration 7" in warnings[0]
-    with pytest.raises(CheckpointError, match="newest one is iter_0000001"):
+    with pytest.raises(CheckpointError, match="the one before is iter_0000001"):
         dcp.newest(tmp_path, strict=True)
+    (tmp_path / "iter_0000001").rename(tmp_path / "iter_0000009")
+    with pytest.raises(CheckpointError, match="newer ones are iter_0000009"):
+        dcp.newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["iter_9", "iter_00000009", "iter_" + 7 * "\u0661", "iter_\u00b2"])
+def test_other_spellings_of_a_number_are_not_checkpoints(name: str, tmp_path: Path) -> None:
+    folder = Tiny(1).save(tmp_path, 1)
+    shutil.copytree(folder, tmp_path / name)
+    assert dcp.complete_iterations(tmp_path) == [(1, folder)]
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(tmp_path: Path) -> None:
@@ -193,6 +275,23 @@ def test_retention_keeps_the_newest_and_leaves_strangers_alone(tmp_path: Path) -
         Tiny(1).save(tmp_path, iteration, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
         "iter_0000004", "iter_0000005", "iter_0000009", "release"]
+
+
+def test_retention_leaves_what_is_newer_than_the_tracker(tmp_path: Path) -> None:
+    for iteration in (1, 2, 9):
+        Tiny(1).save(tmp_path, iteration)
+    (tmp_path / TRACKER_NAME).write_text("2")
+    Tiny(1).save(tmp_path, 3, keep_last=2)
+    assert [iteration for iteration, _ in dcp.complete_iterations(tmp_path)] == [9, 3, 2]
+
+
+def test_retention_removes_a_link_and_not_what_it_points_at(tmp_path: Path) -> None:
+    folder = Tiny(1).save(tmp_path / "run", 1)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    Tiny(2).save(tmp_path / "run", 2, keep_last=1)
+    assert [path.name for path in (tmp_path / "run").glob("*iter*") if path.is_dir()] == ["iter_0000002"]
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
 
 
 def test_a_removal_that_was_interrupted_is_finished_by_the_next_save(tmp_path: Path,
