@@ -1,4 +1,4 @@
-"""Inference sigma grids by name, explicit lists, and which expert owns which step.
+"""Inference sigma grids by name, and which expert owns which step.
 
 The grids of the systems users compare with differ in their ends (up to 7e-3 at shift 12), so each is written out:
 
@@ -21,7 +21,6 @@ rounding of ``1 - sigma`` is visible in the solvers' log-SNR. Sources: Wan2.2 ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,10 +32,6 @@ from mindspeed_wan.errors import ConfigError
 
 GridName = Literal["official", "diffusers", "diffsynth"]
 SolverName = Literal["unipc", "dpm++", "euler"]
-
-DISTILLED_STEPS = (1000, 750, 500, 250)
-"""Training steps before the shift of lightx2v's 4-step distilled A14B LoRAs; used with shift 5, Euler, no CFG."""
-
 
 @dataclass(frozen=True)
 class SigmaSchedule:
@@ -119,22 +114,3 @@ def _schedule(values: Tensor, *, truncated: bool) -> SigmaSchedule:
     rounded = values.float()
     timesteps = (values * NUM_TRAIN_TIMESTEPS).long() if truncated else rounded * NUM_TRAIN_TIMESTEPS
     return SigmaSchedule((*rounded.double().tolist(), 0.0), tuple(timesteps.double().tolist()))
-
-
-def from_sigmas(values: Sequence[float]) -> SigmaSchedule:
-    """Return a schedule over an explicit list of descending sigmas; the final 0 is added when absent."""
-    values = list(values)
-    if values and values[-1] == 0.0:
-        values.pop()
-    if not values:
-        raise ConfigError("the sigma list is empty")
-    return _schedule(torch.tensor(values, dtype=torch.float64), truncated=False)
-
-
-def from_steps(steps: Sequence[float] = DISTILLED_STEPS, shift: float = 5.0) -> SigmaSchedule:
-    """Return the schedule of a distilled model's step list (values of 1000 u before the shift).
-
-    The default is lightx2v's: sigmas 1, 0.9375, 0.8333, 0.625 and 2 + 2 steps for either boundary.
-    """
-    base = torch.tensor(list(steps), dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
-    return from_sigmas(shift_sigma(base, shift).tolist())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -209,8 +209,3 @@ def _unipc_weights(h: float, nodes: list[float], scale: float, *, simplified: bo
         phi = phi / -h - 1.0 / factorial
     matrix = torch.tensor([[node**n for node in nodes] for n in range(len(nodes))], dtype=torch.float64)
     return torch.linalg.solve(matrix, torch.tensor(rhs, dtype=torch.float64)).tolist()
-
-
-def restart(state: SolverState) -> SolverState:
-    """Forget the multistep memory but keep the position: the next step is first order (after editing a latent)."""
-    return replace(state, denoised=(), anchor=None, order=0)

@@ -4,8 +4,8 @@ Wan draws a uniform ``u`` and bends it, ``sigma = s u / (1 + (s - 1) u)``. An ex
 for one expert inverts the bend at the range's ends and draws ``u`` between them: the density stays that of the shifted
 uniform, ``p(sigma) = s / (s - (s - 1) sigma)^2`` up to a constant, and no sample is clamped or rejected.
 
-MindSpeed-MM and DiffSynth number 1000 training steps from the noisy end (``u_i = 1 - i / 1000``) and give an expert's
-range as fractions of that index. ``index_range`` and ``boundary_from_index_fraction`` translate both ways.
+MindSpeed-MM and DiffSynth number 1000 training steps from the noisy end (``u_i = 1 - i / 1000``); ``index_range`` gives
+an expert's. Their ``min/max_timestep_boundary``, fractions of that index, are translated in ``config.expert_range``.
 """
 
 from __future__ import annotations
@@ -82,18 +82,6 @@ def index_to_sigma(index: Number, shift: float, num_indices: int = NUM_TRAIN_TIM
     return shift_sigma(1 - index / num_indices, shift)
 
 
-def index_fraction_to_sigma(fraction: float, shift: float) -> float:
-    """Return the sigma at index fraction ``fraction`` of MM's ``min/max_timestep_boundary`` (0 noisy, 1 clean)."""
-    if not 0.0 <= fraction <= 1.0:
-        raise ConfigError(f"timestep boundary {fraction} is not an index fraction between 0 and 1")
-    return shift_sigma(1.0 - fraction, shift)
-
-
-def sigma_to_index_fraction(sigma: float, shift: float) -> float:
-    """Invert ``index_fraction_to_sigma``: 0.9 at shift 5 is 0.35714, 0.875 at shift 5 is 0.41667."""
-    return 1.0 - unshift_sigma(sigma, shift)
-
-
 def index_range(sigma_range: SigmaRange, shift: float, num_indices: int = NUM_TRAIN_TIMESTEPS) -> range:
     """Return the training indices whose sigma lies in ``sigma_range``.
 
@@ -104,31 +92,6 @@ def index_range(sigma_range: SigmaRange, shift: float, num_indices: int = NUM_TR
     if not inside:
         raise ConfigError(f"no training index has a sigma in [{sigma_range.low}, {sigma_range.high}] at shift {shift}")
     return range(inside[0], inside[-1] + 1)
-
-
-def boundary_from_index_fraction(
-    fraction: float, shift: float, expected: float | None = None, num_indices: int = NUM_TRAIN_TIMESTEPS
-) -> float:
-    """Translate the index fraction that separates MM's experts (0.417, 0.358) to a boundary sigma.
-
-    A fraction is a rounded way to write a sigma: when ``expected`` (the task's boundary) lies between the same two
-    training indices, that exact value is returned.
-
-    Raises:
-        ConfigError: the fraction means another boundary than ``expected``, for example 0.417 (T2V) for an I2V model.
-    """
-    if expected is None:
-        return index_fraction_to_sigma(fraction, shift)
-    # MM and DiffSynth truncate: torch.randint(int(min * 1000), int(max * 1000)).
-    count, meant = int(fraction * num_indices), len(index_range(SigmaRange(expected, 1.0), shift, num_indices))
-    if count == meant:
-        return expected
-    sigma = index_fraction_to_sigma(fraction, shift)
-    raise ConfigError(
-        f"timestep boundary {fraction} at shift {shift} is sigma {sigma:.4f} ({count} of {num_indices} steps), "
-        f"but the expert boundary is {expected} ({meant} steps)",
-        fix=f"use {meant / num_indices:g}, or set the boundary to {sigma:.4f} for training and inference alike",
-    )
 
 
 # ---- drawing sigma ----------------------------------------------------------------------------------------------
@@ -223,16 +186,3 @@ class SigmaDistribution:
             outside = (rounded.double() >= high) | (timestep >= NUM_TRAIN_TIMESTEPS * high)
             rounded = torch.where(outside, down, rounded)
         return rounded
-
-
-def sample_sigmas(
-    generator: torch.Generator | None,
-    sigma_range: SigmaRange,
-    shift: float,
-    *,
-    density: Density = "uniform",
-    grid: Grid = "continuous",
-    count: int = 1,
-) -> Tensor:
-    """Draw ``count`` training sigmas [count] in fp32 for one expert; see :class:`SigmaDistribution`."""
-    return SigmaDistribution(sigma_range, shift, density, grid).sample(generator, count)

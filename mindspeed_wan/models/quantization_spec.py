@@ -22,9 +22,6 @@ MODES: tuple[str, ...] = ("fp8_weight_only", "fp8_dynamic", "int8_weight_only")
 """``weight_only`` saves memory: products run in the compute dtype. ``fp8_dynamic`` also rounds each token's activations
 to fp8 and multiplies fp8 by fp8 on the matrix units of sm_89 and later."""
 
-ALWAYS_KEPT = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head")
-"""Modules outside the blocks; never quantised."""
-
 SCALE_SUFFIX = "_scale"
 """The scale of ``x.weight`` is ``x.weight_scale``."""
 

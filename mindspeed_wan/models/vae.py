@@ -40,12 +40,6 @@ class Tiling:
             raise ConfigError(f"VAE tile stride {self.stride_height}x{self.stride_width} is larger than the tile "
                               f"{self.height}x{self.width}: pixels between tiles would be lost")
 
-    @classmethod
-    def from_latents(cls, tile_size: Sequence[int] = (30, 52), tile_stride: Sequence[int] = (15, 26)) -> Tiling:
-        """Read DiffSynth's and MindSpeed-MM's ``tile_size`` / ``tile_stride``, (height, width) in latent pixels."""
-        height, width, stride_height, stride_width = (SPATIAL_FACTOR * v for v in (*tile_size, *tile_stride))
-        return cls(height, width, stride_height, stride_width)
-
 
 class VaeRunner(Protocol):
     """Something that runs the network over several ranks (``inference.vae_parallel.ParallelVAE``)."""

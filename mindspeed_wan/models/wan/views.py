@@ -47,15 +47,6 @@ def global_view(tensor: Tensor, layout: ParamLayout, groups: ParallelGroups | No
     return piece_of(local, groups.mesh, (outer, *inner), shape=shape, stride=stride)
 
 
-def local_view(tensor: Tensor, like: Tensor) -> Tensor:
-    """Undo ``global_view``: return ``tensor`` in the form of the parameter ``like`` (storage shared)."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if not isinstance(like, DTensor):
-        return tensor.to_local()
-    return piece_of(tensor.to_local(), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-
-
 def local_slices(view: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """Return the local storage of a global view and where it lies in the global tensor (may be empty)."""
     if not isinstance(view, DTensor):

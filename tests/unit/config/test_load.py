@@ -8,7 +8,7 @@ import pytest
 
 from mindspeed_wan.config import load
 from mindspeed_wan.config.describe import describe
-from mindspeed_wan.config.expert_range import from_fractions, resolve, sigma_of_fraction
+from mindspeed_wan.config.expert_range import fraction_of_sigma, from_fractions, resolve, sigma_of_fraction
 from mindspeed_wan.config.flags import parse, read_words
 from mindspeed_wan.config.load import load_files
 from mindspeed_wan.config.schema import LoraSection
@@ -104,6 +104,15 @@ def test_index_fractions(start: float, stop: float, shift: float, expert: str | 
     found = from_fractions(start, stop, shift, 1000)
     assert (found.expert, found.boundary) == (expert, boundary)
     assert 0 <= found.low < found.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("sigma", "shift", "fraction"),
+    [(0.9, 5.0, 0.35714), (0.875, 5.0, 0.41667), (0.875, 12.0, 0.6316), (0.9, 3.0, 0.25)],
+)
+def test_known_index_fractions(sigma: float, shift: float, fraction: float):
+    assert fraction_of_sigma(sigma, shift) == pytest.approx(fraction, abs=5e-5)
+    assert sigma_of_fraction(fraction_of_sigma(sigma, shift), shift) == pytest.approx(sigma, abs=1e-12)
 
 
 def test_both_spellings_must_agree():

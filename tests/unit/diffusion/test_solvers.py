@@ -14,8 +14,8 @@ from torch import Tensor
 from mindspeed_wan.diffusion.flow_matching import denoised_from_velocity, interpolate, velocity_target
 from mindspeed_wan.diffusion.guidance import combine
 from mindspeed_wan.diffusion.sampler import sample
-from mindspeed_wan.diffusion.schedule import SigmaSchedule, from_sigmas, from_steps, sigmas
-from mindspeed_wan.diffusion.solvers import Euler, Solver, SolverState, make_solver, restart
+from mindspeed_wan.diffusion.schedule import SigmaSchedule, sigmas
+from mindspeed_wan.diffusion.solvers import Euler, Solver, SolverState, make_solver
 from mindspeed_wan.errors import ConfigError, NumericsError
 from tests.unit.diffusion.toy import bent, noise, relative_error
 
@@ -24,6 +24,8 @@ ALL_SOLVERS = [
     make_solver("unipc", order=1), make_solver("unipc", variant="bh1"), make_solver("unipc", corrector=False),
 ]
 GRIDS = ["official", "diffusers", "diffsynth"]
+DISTILLED = sigmas(4, 5.0, "diffsynth", "euler")
+"""What the preset lightx2v asks for."""
 
 
 def ids(solver: Solver) -> str:
@@ -163,20 +165,19 @@ def test_order_of_convergence(solver: Solver, least_order: float) -> None:
 @pytest.mark.parametrize("solver", ALL_SOLVERS, ids=ids)
 def test_a_start_at_pure_noise_is_finite(solver: Solver) -> None:
     """Sigma 1 has log-SNR -inf; no solver may turn that into NaN (DPM++'s official grid starts there)."""
-    for schedule in (sigmas(8, 12.0, "official", "dpm++"), from_steps(), from_sigmas([1.0])):
+    for schedule in (sigmas(8, 12.0, "official", "dpm++"), DISTILLED, SigmaSchedule((1.0, 0.0), (1000.0,))):
         assert torch.isfinite(sample(bent, noise(torch.float32), schedule, solver)).all()
 
 
-def test_distilled_list() -> None:
-    schedule = from_steps()
-    assert schedule.sigmas == pytest.approx((1.0, 0.9375, 0.833333, 0.625, 0.0), abs=1e-6)
-    assert schedule.timesteps == pytest.approx((1000, 937.5, 833.3333, 625), abs=1e-4)
-    assert schedule.expert_steps(0.875) == schedule.expert_steps(0.900) == (2, 2)
+def test_distilled_steps() -> None:
+    assert DISTILLED.sigmas == pytest.approx((1.0, 0.9375, 0.833333, 0.625, 0.0), abs=1e-6)
+    assert DISTILLED.timesteps == pytest.approx((1000, 937.5, 833.3333, 625), abs=1e-4)
+    assert DISTILLED.expert_steps(0.875) == DISTILLED.expert_steps(0.900) == (2, 2)
 
 
 def test_distilled_step_is_predict_and_renoise() -> None:
     """lightx2v's rule, x0 = x - sigma v then x0 + sigma' v, is Euler."""
-    schedule, x = from_steps(), noise()
+    schedule, x = DISTILLED, noise()
     velocity = bent(x, torch.full((2,), 1000.0), 0)
     state = Euler().advance(schedule, SolverState(0, x), velocity)
     expected = (x - schedule.sigmas[0] * velocity) + schedule.sigmas[1] * velocity
@@ -218,8 +219,8 @@ def test_schedules_fall_from_noise_to_data(num_steps: int, shift: float, grid: s
     "make",
     [lambda: make_solver("heun"), lambda: make_solver("unipc", order=4), lambda: make_solver("unipc", variant="bh3"),
      lambda: sigmas(0, 5.0), lambda: sigmas(10, -1.0), lambda: sigmas(10, 5.0, "mm"),
-     lambda: sigmas(10, 5.0, "official", "ddim"), lambda: from_sigmas([]), lambda: from_sigmas([0.2, 0.9]),
-     lambda: from_sigmas([1.5, 0.5])],
+     lambda: sigmas(10, 5.0, "official", "ddim"), lambda: SigmaSchedule((0.0,), ()),
+     lambda: SigmaSchedule((0.2, 0.9, 0.0), (200.0, 900.0)), lambda: SigmaSchedule((1.5, 0.0), (1500.0,))],
 )
 def test_bad_settings_are_config_errors(make) -> None:
     with pytest.raises(ConfigError):
@@ -242,17 +243,6 @@ def test_velocity_function_sees_fp32_timesteps_per_sample() -> None:
     sample(velocity, noise(torch.float32), schedule, Euler())
     assert [float(t[0]) for t in seen] == [float(int(s * 1000)) for s in schedule.sigmas[:-1]]
     assert all(t.dtype == torch.float32 and t.shape == (2,) for t in seen)
-
-
-def test_restart_forgets_the_history() -> None:
-    schedule, solver, x = sigmas(10, 5.0), make_solver("unipc"), noise()
-    state = SolverState(0, x)
-    for step in range(4):
-        state = solver.advance(schedule, state, bent(state.sample, schedule.timestep(step, 2), step))
-    fresh = restart(state)
-    assert (fresh.step, fresh.denoised, fresh.anchor) == (4, (), None)
-    after = solver.advance(schedule, fresh, bent(fresh.sample, schedule.timestep(4, 2), 4))
-    assert after.order == 1
 
 
 def test_guidance() -> None:

@@ -31,29 +31,6 @@ def test_known_index_counts(shift: float, boundary: float, count: int, last_sigm
 @given(sigma=st.floats(0, 1), shift=st.floats(0.1, 50))
 def test_shift_round_trip(sigma: float, shift: float) -> None:
     assert ts.shift_sigma(ts.unshift_sigma(sigma, shift), shift) == pytest.approx(sigma, abs=1e-12)
-    fraction = ts.sigma_to_index_fraction(sigma, shift)
-    assert ts.index_fraction_to_sigma(fraction, shift) == pytest.approx(sigma, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("sigma", "shift", "fraction"),
-    [(0.9, 5.0, 0.35714), (0.875, 5.0, 0.41667), (0.875, 12.0, 0.6316), (0.9, 3.0, 0.25)],
-)
-def test_known_index_fractions(sigma: float, shift: float, fraction: float) -> None:
-    assert ts.sigma_to_index_fraction(sigma, shift) == pytest.approx(fraction, abs=5e-5)
-
-
-def test_mm_fractions_are_the_task_boundaries() -> None:
-    assert ts.boundary_from_index_fraction(0.417, 5.0, expected=0.875) == 0.875
-    assert ts.boundary_from_index_fraction(0.358, 5.0, expected=0.900) == 0.900
-    assert ts.boundary_from_index_fraction(0.632, 12.0, expected=0.875) == 0.875
-    assert ts.boundary_from_index_fraction(0.358, 5.0) == pytest.approx(0.89966, abs=1e-5)
-
-
-@pytest.mark.parametrize(("fraction", "expected"), [(0.417, 0.900), (0.358, 0.875), (0.5, 0.875)])
-def test_a_fraction_of_another_boundary_is_refused(fraction: float, expected: float) -> None:
-    with pytest.raises(ConfigError, match=r"expert boundary is 0\.\d+"):
-        ts.boundary_from_index_fraction(fraction, 5.0, expected=expected)
 
 
 @pytest.mark.parametrize("density", ["uniform", "logit_normal"])
@@ -79,7 +56,7 @@ def test_every_draw_is_inside_the_range(expert: str, boundary: float | None, gri
 def test_density_is_the_shifted_uniform(expert: str, boundary: float | None, shift: float) -> None:
     """Kolmogorov-Smirnov test of 20,000 draws against p(sigma) = s / (s - (s - 1) sigma)^2 restricted to the range."""
     sigma_range = expert_range(expert, boundary)
-    draws = ts.sample_sigmas(torch.Generator().manual_seed(2), sigma_range, shift, count=20_000)
+    draws = SigmaDistribution(sigma_range, shift).sample(torch.Generator().manual_seed(2), 20_000)
 
     def cdf(sigma):  # the antiderivative of p is sigma / (s - (s - 1) sigma)
         low, high = (x / (shift - (shift - 1) * x) for x in (sigma_range.low, sigma_range.high))
@@ -90,7 +67,7 @@ def test_density_is_the_shifted_uniform(expert: str, boundary: float | None, shi
 
 def test_the_density_test_can_fail() -> None:
     """Clamping into the range, or forgetting the shift, is rejected by the same test."""
-    draws = ts.sample_sigmas(torch.Generator().manual_seed(2), SigmaRange(0.0, 1.0), 5.0, count=20_000).clamp(0.9, 1)
+    draws = SigmaDistribution(SigmaRange(0.0, 1.0), 5.0).sample(torch.Generator().manual_seed(2), 20_000).clamp(0.9, 1)
     low = 0.9 / (5 - 4 * 0.9)
     result = stats.kstest(draws.double().numpy(), lambda s: (s / (5 - 4 * s) - low) / (1 - low))
     assert result.pvalue < 1e-10
@@ -101,7 +78,8 @@ def test_index_grid_is_uniform_over_its_indices(expert: str, boundary: float | N
     """Chi-square test: the index grid draws each of MM's indices equally often, and only those."""
     sigma_range = expert_range(expert, boundary)
     indices = ts.index_range(sigma_range, 5.0)
-    draws = ts.sample_sigmas(torch.Generator().manual_seed(5), sigma_range, 5.0, grid="index", count=200 * len(indices))
+    distribution = SigmaDistribution(sigma_range, 5.0, grid="index")
+    draws = distribution.sample(torch.Generator().manual_seed(5), 200 * len(indices))
     legal = {float(torch.tensor(ts.index_to_sigma(float(i), 5.0)).float()): i for i in indices}
     drawn = torch.tensor([legal[s] for s in draws.tolist()])
     counts = torch.bincount(drawn - indices.start, minlength=len(indices))
@@ -159,7 +137,7 @@ def test_no_draw_leaves_its_expert(boundary: float, shift: float, uniform: float
      lambda: SigmaDistribution(SigmaRange(0, 1), 0.0), lambda: SigmaDistribution(SigmaRange(0, 1), 5.0, "beta"),
      lambda: SigmaDistribution(SigmaRange(0, 1), 5.0, grid="lattice"),
      lambda: SigmaDistribution(SigmaRange(0, 1), 5.0, "logit_normal", logit_std=0.0),
-     lambda: ts.index_fraction_to_sigma(1.2, 5.0), lambda: ts.index_range(SigmaRange(0.9, 0.90001), 5.0),
+     lambda: ts.index_range(SigmaRange(0.9, 0.90001), 5.0),
      lambda: SigmaDistribution(SigmaRange(0.99, 1), 1.0, "logit_normal", logit_mean=-20).quantiles()],
 )
 def test_bad_settings_are_config_errors(make) -> None:
