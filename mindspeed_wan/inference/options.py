@@ -155,15 +155,18 @@ class GenerateOptions:
             conditioning=self.conditioning or ("videox" if task.startswith("inp") else "official"),
         )
 
-    def check(self, *, num_heads: int | None = None, whole_list: bool = True) -> None:
+    def check(self, *, num_heads: int | None = None, whole_list: bool = True, both_ends: bool = False) -> None:
         """Raise one ``ConfigError`` that lists everything that cannot be run, each with what would be legal.
 
-        ``whole_list`` says that prompts and images are all there will be: every replica must get one video.
+        Args:
+            num_heads: of the model, where it is known.
+            whole_list: prompts and images are all there will be: every replica must get one video.
+            both_ends: the model reads CLIP states of a first and a last frame.
         """
         videos = len(self.prompts) * self.videos_per_prompt if whole_list and self.prompts else None
         raise_problems(
             [*self._choice_problems(), *self._sampling_problems(), *self._video_problems(),
-             *(self._prompt_problems() if whole_list else ()), *self.cache.problems(self.task),
+             *(self._prompt_problems(both_ends) if whole_list else ()), *self.cache.problems(self.task),
              *self.guidance_limits.problems(self.guidance, calibrates=self.cache.calibrate is not None),
              *self.lora.problems(dit_fsdp=self.layout.dit_fsdp), *self._stage_problems(),
              *self.quantize.problems(t5_fsdp=self.layout.t5_fsdp),
@@ -227,7 +230,7 @@ class GenerateOptions:
                 found.append("--vae_parallel splits the picture already; drop the VAE tiles")
         return found
 
-    def _prompt_problems(self) -> list[str]:
+    def _prompt_problems(self, both_ends: bool) -> list[str]:
         found = []
         if not self.prompts:
             found.append("no prompt; give --prompt TEXT or --prompt_file FILE with one prompt per line")
@@ -248,6 +251,8 @@ class GenerateOptions:
             found.append(f"--start_frames is {self.start_frames}, at least 1 is needed")
         if self.last_images and not self.images:
             found.append("a last image needs a first one: give --image FILE")
+        if both_ends and not self.last_images:
+            found.append("these weights read the first and the last frame of a video: give --last_image FILE too")
         return found
 
     def jobs(self) -> list[VideoJob]:

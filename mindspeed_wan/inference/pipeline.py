@@ -136,7 +136,7 @@ class WanGenerator:
         """
         folder = recognise(options)
         options = with_folder_defaults(options, folder)
-        options.check(num_heads=folder.config.num_heads, whole_list=whole_list)
+        options.check(num_heads=folder.config.num_heads, whole_list=whole_list, both_ends=_reads_both_ends(folder))
         platform = get_platform(options.device)
         return cls(folder, options, start(platform, options.layout, options.timeout_minutes))
 
@@ -163,7 +163,7 @@ class WanGenerator:
         if seed is not None:
             options = replace(options, base_seed=seed)
         alone = replace(options, layout=replace(options.layout, world_size=options.layout.replica_size))
-        alone.check(num_heads=self.folder.config.num_heads)
+        alone.check(num_heads=self.folder.config.num_heads, both_ends=_reads_both_ends(self.folder))
         return self.generate(options.jobs()[0], options, decode=decode, on_progress=on_progress)
 
     def generate(
@@ -346,6 +346,10 @@ def _check_attention(options: GenerateOptions, runtime: Runtime) -> None:
     if options.attention != "auto":
         attention.check_backend(options.attention, needs_grad=False)
         attention.check_device(options.attention, runtime.platform.device_type, DTYPES[options.dtype])
+
+
+def _reads_both_ends(folder: ModelFolder) -> bool:
+    return folder.config.pos_embed_len is not None
 
 
 def with_folder_defaults(options: GenerateOptions, folder: ModelFolder) -> GenerateOptions:

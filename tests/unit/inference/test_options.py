@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_wan_dialect():
     assert (options.size, options.num_frames, options.guidance) == ((480, 832), 49, (3.0, 4.0))
     assert (options.memory, options.text_device, options.negative_prompt) == ("sequential", "cpu", "")
     assert (options.solver, options.grid, options.base_seed, options.dtype) == ("dpm++", "diffusers", 7, "fp32")
+
+
+def test_a_first_and_last_frame_model_needs_both(tmp_path):
+    image = tmp_path / "a.png"
+    image.touch()
+    options = GenerateOptions(prompts=("a fox",), images=(str(image),))
+    options.check()
+    with pytest.raises(ConfigError, match="give --last_image FILE too"):
+        options.check(both_ends=True)
+    replace(options, last_images=(str(image),)).check(both_ends=True)
 
 
 def test_mm_dialect_with_the_shell_scripts_training_flags(tmp_path, capsys):
