@@ -87,15 +87,15 @@ def _init(args: argparse.Namespace) -> int:
 
 def _clips_of(folder: Path, default_caption: str | None) -> tuple[list[Surveyed], list[str]]:
     """Return the readable, captioned clips of a folder, and for each other the reason."""
+    from mindspeed_wan.data.formats import clip_files
     from mindspeed_wan.data.records import ClipRecord, RowSource, kind_of
     from mindspeed_wan.data.survey import survey
     from mindspeed_wan.data.text_files import is_utf8, printable, read_text
 
     records, skipped = [], []
-    for path in sorted(folder.rglob("*")):
+    for path in clip_files(folder):
         kind = kind_of(path)
-        if kind not in ("video", "image") or path.name.startswith(".") or not path.is_file():
-            continue
+        assert kind is not None  # clip_files took the others out
         if not is_utf8(str(path)):
             skipped.append(f"{printable(str(path))} has a name that is not UTF-8")
             continue
@@ -211,7 +211,8 @@ def _check(args: argparse.Namespace) -> int:
 
     records, settings, problems = _records(args, strict=False)
     missing = {problem.where for problem in problems.found}
-    present = [record for record in records if record.where not in missing]
+    # Nobody asks for the lines of a good data set: those of a JSON list have to be searched for.
+    present = [record for record in records if record.where not in missing] if missing else records
     find_problems(_surveyed(present, decode=args.decode), settings, problems)
     for problem in problems.found:
         print(problem)

@@ -145,7 +145,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, Positions]:
     _yaml_positions(node, (), positions, name)
     try:
         return yaml.safe_load(text), positions
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-01 is no date, 5000 digits no number
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"not plain YAML data: {getattr(error, 'problem', error)}", where=where) from None

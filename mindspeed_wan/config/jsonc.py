@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from mindspeed_wan.errors import ConfigError
 
+MAX_DIGITS = 1000
+"""Longer whole numbers are refused: Python itself converts no more than 4300 digits, and nothing here is that large."""
 MAX_DEPTH = 100
 """Deeper nesting is refused: no configuration needs it, and recursion would fail without a position."""
 
@@ -184,8 +186,13 @@ class _Parser:
             self.fail(f"expected a value, found {self.snippet()}")
         word = match.group()
         if _NUMBER.fullmatch(word):
+            if not any(c in word for c in ".eE"):
+                if len(word) > MAX_DIGITS:
+                    self.fail(f"a number of {len(word)} digits")
+                self.at = match.end()
+                return int(word)
             self.at = match.end()
-            return float(word) if any(c in word for c in ".eE") else int(word)
+            return float(word)
         if word in _WORDS:
             self.at = match.end()
             return _WORDS[word]

@@ -20,6 +20,7 @@ from mindspeed_wan.data.text_files import is_utf8, printable, read_text
 from mindspeed_wan.errors import ConfigError, DataError, did_you_mean
 
 Rows = Iterator[tuple[Any, RowSource]]
+_PACKED = frozenset({".gz", ".zip", ".tar", ".tgz", ".xz", ".bz2", ".zst", ".7z"})
 
 
 def read_annotation(path: Path, folder: Path, problems: Problems) -> list[ClipRecord]:
@@ -37,8 +38,9 @@ def read_annotation(path: Path, folder: Path, problems: Problems) -> list[ClipRe
     if reader is None:
         if not path.exists():
             raise DataError("does not exist", where=str(path), fix="check the path of the annotation")
+        fix = f"known: {', '.join([*readers, '.toml'])}, data.txt, or a folder"
         raise DataError(f"'{path.suffix}' is not an annotation format", where=str(path),
-                        fix=f"known: {', '.join([*readers, '.toml'])}, data.txt, or a folder")
+                        fix="unpack it first" if path.suffix.lower() in _PACKED else fix)
     found = (record_from_row(row, source, folder, problems) for row, source in reader(path, problems))
     return [record for record in found if record is not None]
 
@@ -85,7 +87,7 @@ def _jsonl_rows(path: Path, problems: Problems) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             try:
                 row = parse_json(line, str(path), first_line=number)
@@ -97,6 +99,13 @@ def _jsonl_rows(path: Path, problems: Problems) -> Rows:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a key is given twice")
+    return row
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -175,8 +184,7 @@ def read_folder(folder: Path, problems: Problems, *, caption_suffix: str = ".txt
     for name in ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet"):
         if (folder / name).is_file():
             return read_annotation(folder / name, folder, problems)
-    clips = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir())
-                   if kind_of(path) in ("video", "image") and not path.name.startswith("."))
+    clips = clip_files(folder, recursive=recursive)
     if not clips:
         raise DataError("no videos or images in this folder", where=str(folder), fix=_what_is_there(folder))
     records = []
@@ -189,11 +197,29 @@ def read_folder(folder: Path, problems: Problems, *, caption_suffix: str = ".txt
             problems.add(f"{path.name} has no caption file {caption_file.name}", str(path),
                          "write its caption there, or make an annotation with: mindspeed-wan data init FOLDER")
             continue
-        row = {"path": str(path.resolve()), "cap": read_text(caption_file).strip()}
+        # Not resolved: the target of a link (a file of a download cache) may have another name, without a suffix.
+        row = {"path": str(path.absolute()), "cap": read_text(caption_file).strip()}
         record = record_from_row(row, RowSource(str(caption_file), 1), folder, problems)
         if record is not None:
             records.append(record)
     return records
+
+
+def clip_files(folder: Path, *, recursive: bool = True) -> list[Path]:
+    """Return the videos and images of a folder in order, those behind linked folders too, each folder once.
+
+    Hidden files and folders are left out. Links that lead nowhere are among them, so that somebody hears of it.
+    """
+    found: list[Path] = []
+    seen = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        wanted = [name for name in sorted(folders, reverse=True) if recursive and not name.startswith(".")]
+        targets = {os.path.realpath(os.path.join(parent, name)): name for name in wanted}
+        folders[:] = sorted(name for real, name in targets.items() if real not in seen)
+        seen.update(targets)
+        found += [Path(parent, name) for name in files
+                  if not name.startswith(".") and kind_of(Path(name)) in ("video", "image")]
+    return sorted(found)
 
 
 def _what_is_there(folder: Path) -> str:
@@ -257,5 +283,5 @@ def _load_toml(path: Path) -> dict[str, Any]:
                             ) from None
     try:
         return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # its own error, and Python's for a number of thousands of digits
         raise DataError(f"not TOML: {error}", where=str(path)) from None

@@ -136,8 +136,14 @@ def check_existence(records: list[ClipRecord], problems: Problems) -> None:
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         for record, message in zip(records, pool.map(lambda record: _file_problem(record.path), records)):
             if message:
-                fix = "check the folder that paths are joined to" if message.startswith("does not exist") else None
+                fix = _where_else(record.path) if message.startswith("does not exist") else None
                 problems.add(f"{record.path} {message}", record.where, fix)
+
+
+def _where_else(path: Path) -> str:
+    if "\\" in str(path):
+        return "this is a path of Windows: write / between folders, and the folder it has on this machine"
+    return "check the folder that paths are joined to"
 
 
 def _file_problem(path: Path) -> str | None:

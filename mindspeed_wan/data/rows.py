@@ -16,6 +16,7 @@ from mindspeed_wan.errors import did_you_mean
 # image, prompt. VideoX-Fun: file_path, text. musubi: video_path, caption. Others: file, file_name.
 PATH_NAMES = ("path", "video", "file_path", "video_path", "image_path", "image", "file_name", "file", "filename")
 CAPTION_NAMES = ("cap", "prompt", "text", "caption", "captions")
+_SHOWN = 80
 _PLACEHOLDERS = ("path to ", "your/path", "your_path", "/path/to")
 
 
@@ -120,7 +121,8 @@ class _Numbers:
         self.row, self.source, self.problems = row, source, problems
 
     def bad(self, name: str, value: Any, expected: str) -> None:
-        self.problems.add(f"'{name}' is {value!r}; expected {expected}", self.source.where)
+        shown = repr(value) if len(repr(value)) <= _SHOWN else f"{repr(value)[:_SHOWN]}..."
+        self.problems.add(f"'{name}' is {shown}; expected {expected}", self.source.where)
 
     def number(self, name: str) -> float | None:
         """Return a finite number, or None when the field is absent, empty or null."""

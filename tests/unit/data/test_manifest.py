@@ -142,6 +142,26 @@ def test_plain_folder_with_caption_files(root):
     assert sorted(record.captions[0] for record in records) == sorted(text for _, text in CLIPS)
 
 
+def test_folders_are_walked_whole_and_once(tmp_path):
+    clips, elsewhere = tmp_path / "clips", tmp_path / "elsewhere"
+    for name in ("clips/a.mp4", "clips/deep/b.MP4", "clips/.cache/c.mp4", "clips/.d.mp4", "clips/folder.mp4/e.MOV",
+                 "elsewhere/f.webm", "blobs/0123abcd"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).with_suffix(".txt").write_text("a clip")
+    (clips / "deep" / "loop").symlink_to(clips)
+    (clips / "linked").symlink_to(elsewhere)
+    (clips / "again").symlink_to(elsewhere)
+    (clips / "hub.mp4").symlink_to(tmp_path / "blobs" / "0123abcd")  # as a download cache keeps its files
+    (clips / "hub.txt").write_text("a clip")
+    found = [record.path.relative_to(clips).as_posix() for record in load(clips)]
+    assert found == ["a.mp4", "again/f.webm", "deep/b.MP4", "folder.mp4/e.MOV", "hub.mp4"]
+    (clips / "gone.mp4").symlink_to("nowhere.mp4")
+    (clips / "gone.txt").write_text("a clip")
+    with pytest.raises(DataError, match=r"gone\.mp4 does not exist"):
+        load(clips)
+
+
 def test_musubi_toml(root):
     for name, text in CLIPS[:2]:
         (root / name).with_suffix(".txt").write_text(text, encoding="utf-8")
@@ -230,6 +250,12 @@ DAMAGED: list[tuple[str, str | bytes, str, int | None]] = [
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "num_frames": true}', "a number", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "num_frames": 1' + "0" * 400 + "}", "'num_frames'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "crop": [0, 8, 0, 1' + "0" * 400 + "]}", "'crop'", 1),
+    ("d.jsonl", GOOD + '\n{"path": "a.mp4", "cap": "x", "num_frames": 1' + "0" * 5000 + "}", "5001 digits", 2),
+    ("d.json", '[{"path": "a.mp4", "cap": "x", "num_frames": 1' + "0" * 5000 + "}]", "5001 digits", 1),
+    ("d.toml", "general = {x = 1" + "0" * 5000 + "}", "not TOML", None),
+    ("d.jsonl", '{"path": "a.mp4", "cap": "x", "path": "b.mp4"}', "twice", 1),
+    ("d.jsonl", '{"path": "sub\\\\a.mp4", "cap": "x"}', "does not exist", 1),
+    ("d.jsonl.gz", b"\x1f\x8b\x08\x00", "not an annotation format", None),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": "480x832"}', "'resolution'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": {"height": 480}}', "'resolution'", 1),
     ("d.jsonl", '{"path": "a.mp4", "cap": "x", "resolution": [480, 832, 3]}', "'resolution'", 1),
