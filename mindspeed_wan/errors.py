@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -104,7 +105,10 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def nearest_option(message: str, known: list[str]) -> str:
-    """Return ``"did you mean '--x'?"`` where argparse's ``message`` is about an option it does not know."""
+    """Return ``"did you mean '--x'?"`` where argparse's ``message`` is about an option or a value it does not know."""
+    choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+    if choice:
+        return did_you_mean(choice[1], [name.strip("' ") for name in choice[2].split(",")])
     if not message.startswith("unrecognized arguments"):
         return ""
     word = next((word for word in message.split() if word.startswith("--")), "").partition("=")[0]

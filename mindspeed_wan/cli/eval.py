@@ -20,7 +20,8 @@ HELP = "PSNR, SSIM, MS-SSIM, flicker, motion; several models side by side; the s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the comparison, and the action ``loss``."""
-    actions = parser.add_subparsers(dest="action", metavar="{loss}")
+    actions = parser.add_subparsers(dest="action", metavar="{loss}",
+                                    help="without one, videos are measured: --model NAME=FOLDER, --reference FOLDER")
     eval_loss.add_arguments(actions.add_parser("loss", help=eval_loss.HELP))
     parser.add_argument("--reference", type=Path, help="folder of reference videos")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER",

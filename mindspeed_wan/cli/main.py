@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mindspeed_wan import __version__
 from mindspeed_wan.errors import ConfigError, did_you_mean, nearest_option, run_main
@@ -40,8 +40,27 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving, with the nearest option for a typo."""
+        actions = _actions(self)
+        if actions is not None and message == f"the following arguments are required: {actions.metavar}":
+            raise ConfigError("no action is given", where=self.prog, fix=_choices(actions))
         raise ConfigError(message, where=self.prog, fix=nearest_option(message, list(_options(self))) or
                           f"{self.prog} --help lists what it takes")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Say what a command with actions takes, where argparse would speak of an invalid choice."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            raise ConfigError(f"'{value}' is not an action", where=self.prog,
+                              fix=f"{did_you_mean(value, list(action.choices))} {_choices(action)}".strip())
+        super()._check_value(action, value)
+
+
+def _actions(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[Any] | None:
+    return next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
+
+
+def _choices(actions: argparse._SubParsersAction[Any]) -> str:
+    """Return the actions of a command, and what it takes without one where its ``help`` says so."""
+    return f"actions: {', '.join(actions.choices)}" + (f"; {actions.help}" if actions.help else "")
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -61,7 +61,10 @@ def test_a_command_without_its_module_is_not_offered(monkeypatch):
 @pytest.mark.parametrize(("words", "message"), [
     (["plan", "--deviecs", "8"], "did you mean '--devices'?"),
     (["features", "build", "--mm-dta", "x"], "mindspeed-wan features"),
-    (["features", "biuld"], "invalid choice: 'biuld'"),
+    (["features", "biuld"], "'biuld' is not an action\n  fix: did you mean 'build'? actions: build, info, check"),
+    (["lora"], "no action is given\n  fix: actions: inspect, convert, merge,"),
+    (["eval", "out/videos"], "actions: loss; without one, videos are measured: --model NAME=FOLDER"),
+    (["lora", "convert", "x", "y", "--to", "pef"], "fix: did you mean 'peft'?"),
     (["lora", "inspect", "x", "--modle", "y"], "did you mean '--model'?"),
     (["plan", "--devices", "x"], "mindspeed-wan plan --help lists what it takes"),
 ])
