@@ -22,7 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.plan_memory import Case, measure
+from benchmarks.plan_memory import Case, GenerationCase, measure, measure_generation
+from mindspeed_wan.cli.plan import WEIGHT_ONLY
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.flops import latent_shape
 from mindspeed_wan.parallel.dims import ParallelDims
@@ -73,8 +74,9 @@ class Figure:
 def generation(name: str, size: str, devices: int = 1, *, cfg: int = 1, steps: int = 40, fsdp2: bool = False) -> Job:
     """Return a generation of one video by Ulysses over all devices (halved where the guidance branches are split)."""
     dims = ParallelDims(world_size=devices, context=devices // cfg)
+    # Both experts there: how others exchange theirs is not known, and part of what is fitted to them.
     return Job(model=MODEL, latent=latent_shape(*SIZES[size]), device=device(name), dims=dims, training=False,
-               fsdp2=fsdp2, cfg=cfg, steps=steps)
+               fsdp2=fsdp2, cfg=cfg, steps=steps, experts=2)
 
 
 def training(name: str, devices: int, *, batch: int, tensor: int = 1, context: int = 1, recomputed: int = 0,
@@ -208,6 +210,27 @@ CASES = (
 )
 """What is measured; tests take a few of them."""
 
+GENERATIONS = (
+    GenerationCase(name="1 rank, both experts", **_TINY),
+    GenerationCase(name="1 rank, fp32", precision="fp32", **_TINY),
+    GenerationCase(name="1 rank, one expert at a time", memory="sequential", **_TINY),
+    GenerationCase(name="1 rank, blocks streamed", memory="block", **_TINY),
+    GenerationCase(name="1 rank, fp8 weights", quantize="fp8_weight_only", **_TINY),
+    GenerationCase(name="1 rank, int8 weights, blocks streamed", quantize="int8_weight_only", memory="block", **_TINY),
+    GenerationCase(name="CFG2", cfg=2, **_TINY),
+    GenerationCase(name="Ulysses 2", ulysses=2, **_TINY),
+    GenerationCase(name="ring 2", ring=2, **_TINY),
+    GenerationCase(name="TP2", tensor=2, **_TINY),
+    GenerationCase(name="Ulysses 2, FSDP2 of 2", ulysses=2, dit_fsdp=True, **_TINY),
+    GenerationCase(name="PP2", pipeline=2, **_TINY),
+    GenerationCase(name="PP2, one expert at a time", pipeline=2, memory="sequential", **_TINY),
+    GenerationCase(name="PP2, PipeFusion of 4", pipeline=2, patches=4, **_TINY),
+    GenerationCase(name="PP2 CFG2, PipeFusion of 4, fp8 weights", pipeline=2, cfg=2, patches=4,
+                   quantize="fp8_weight_only", **_TINY),
+    GenerationCase(name="mid size, PP2, PipeFusion of 4", pipeline=2, patches=4, **_MID),
+)
+"""Generations that are measured."""
+
 
 def job_of(case: Case) -> Job:
     """Return the planner's view of a measured case."""
@@ -220,6 +243,26 @@ def job_of(case: Case) -> Job:
                keep_attention=case.keep_attention, states="bytes" if case.adam8bit else "device",
                fused_optimizer=False, micro_batch=case.micro_batch,
                lora_rank=case.lora_rank, encoders=False, kernels="cpu")
+
+
+def planned_generation(case: GenerationCase) -> float:
+    """Return the planned bytes of a measured generation's denoising."""
+    dims = ParallelDims(world_size=case.world_size, tensor=case.tensor, context=case.ulysses * case.ring,
+                        ulysses=case.ulysses, pipeline=case.pipeline,
+                        shard=case.cfg * case.ulysses * case.ring if case.dit_fsdp else 1)
+    job = Job(model=case.config, latent=case.latent, device=PRESETS["910B"], dims=dims, training=False,
+              precision=case.precision, fp32_residual=True, fsdp2=case.dit_fsdp, encoders=False, kernels="cpu",
+              cfg=case.cfg, experts={"resident": 2, "sequential": 1, "block": 0}[case.memory], patches=case.patches,
+              base=WEIGHT_ONLY[case.quantize] if case.quantize else None)
+    return plan_memory(job).moment("denoising").tensors
+
+
+def compared_generation(case: GenerationCase, peak: float) -> dict[str, Any]:
+    """Return a row: the case, its measured peak, what was planned, the relative error."""
+    planned = planned_generation(case)
+    print(f"  {case.name:<42} {peak / 1e6:7.1f} MB {planned / peak - 1:+.1%}", flush=True)
+    return {"case": asdict(case), "measured_bytes": peak, "planned_bytes": planned,
+            "error": round(planned / peak - 1, 4)}
 
 
 def planned_peaks(case: Case) -> dict[str, float]:
@@ -238,17 +281,24 @@ def compared(case: Case, peaks: dict[str, float]) -> dict[str, Any]:
     return {"case": asdict(case), "measured_bytes": peaks, "planned_bytes": planned, "error": errors}
 
 
-def measured() -> list[dict[str, Any]]:
+def measured() -> dict[str, list[dict[str, Any]]]:
     """Run every case and compare."""
     from tests.helpers.spawn import run_ranks
 
-    return [compared(case, measure(case, run_ranks)) for case in CASES]
+    return {"measured_memory": [compared(case, measure(case, run_ranks)) for case in CASES],
+            "measured_generation": [compared_generation(case, measure_generation(case, run_ranks))
+                                    for case in GENERATIONS]}
 
 
-def measured_before(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def measured_before(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Compare the peaks of an earlier run with what is planned now."""
-    cases = (Case(**{**row["case"], "latent": tuple(row["case"]["latent"])}) for row in rows)
-    return [compared(case, row["measured_bytes"]) for case, row in zip(cases, rows)]
+    def again(row: dict[str, Any], kind: type) -> Any:
+        return kind(**{**row["case"], "latent": tuple(row["case"]["latent"])})
+
+    return {"measured_memory": [compared(again(row, Case), row["measured_bytes"])
+                                for row in result.get("measured_memory", [])],
+            "measured_generation": [compared_generation(again(row, GenerationCase), row["measured_bytes"])
+                                    for row in result.get("measured_generation", [])]}
 
 
 def main() -> None:
@@ -262,8 +312,7 @@ def main() -> None:
         print(f"  {row['source']:<26} {row['what']:<38} {row['published_seconds']:8.1f} s {row['error']:+7.1%}"
               f"  {'fitted' if row['fitted'] else ''}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    earlier = result.get("measured_memory", [])
-    result["measured_memory"] = measured_before(earlier) if args.published else measured()
+    result.update(measured_before(result) if args.published else measured())
     RESULT.parent.mkdir(exist_ok=True)
     temporary = RESULT.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Peak memory of real training steps on the CPU, for the planner's model to be compared with.
+"""Peak memory of real training steps and generations on the CPU, for the planner's model to be compared with.
 
 What counts is every live tensor storage, seen by a dispatch mode: parameters, optimizer state, gradients, saved
 activations, gathered parameters, buffers of collectives and temporaries between operators. What a kernel allocates
@@ -184,3 +184,111 @@ def measure_rank(rank: int, world_size: int, case: Case) -> dict[str, float]:
 def measure(case: Case, run: Callable[..., list[Any]]) -> dict[str, float]:
     """Measure a case with ``tests.helpers.spawn.run_ranks``; returns rank 0's bytes."""
     return dict(run(measure_rank, case.world_size, case, init=case.world_size > 1)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationCase:
+    """The denoising of one video: sizes of the model and the clip, layout, memory mode, form of the weights."""
+
+    name: str
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    latent: tuple[int, int, int]
+    tensor: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    cfg: int = 1
+    pipeline: int = 1
+    dit_fsdp: bool = False
+    memory: str = "resident"
+    quantize: str | None = None
+    precision: str = "bf16"
+    patches: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.tensor * self.ulysses * self.ring * self.cfg * self.pipeline
+
+    @property
+    def config(self) -> WanConfig:
+        """The DiT of each expert."""
+        return WanConfig(dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers,
+                         text_dim=128)
+
+
+class _OneExpert:
+    """A model that plays both experts: what is on the device when they take turns."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def use(self, name: str) -> Any:
+        """Return the model."""
+        return self._model
+
+
+def measure_generation_rank(rank: int, world_size: int, case: GenerationCase) -> float:
+    """Denoise one video as one rank, 6 steps over both experts; return the bytes of its peak on the device."""
+    from functools import partial
+
+    from mindspeed_wan.diffusion.schedule import sigmas
+    from mindspeed_wan.diffusion.solvers import make_solver
+    from mindspeed_wan.inference.block_stream import StreamedExperts
+    from mindspeed_wan.inference.denoise import Conditions, Denoiser
+    from mindspeed_wan.inference.experts import InferenceFsdp2, ResidentExperts
+    from mindspeed_wan.inference.pipefusion import PipeFusion
+    from mindspeed_wan.inference.pipeline_stages import StagedModel, WholeModel
+    from mindspeed_wan.inference.runtime import DTYPES, start
+    from mindspeed_wan.models.quantization import quantize_layers
+    from mindspeed_wan.models.quantization_spec import QuantizationSpec
+    from mindspeed_wan.models.wan.provider import build_wan
+    from mindspeed_wan.parallel.inference_layout import InferenceLayout
+    from mindspeed_wan.platforms import get_platform
+
+    wan = case.config
+    layout = InferenceLayout(world_size=world_size, tensor=case.tensor, ulysses=case.ulysses, ring=case.ring,
+                             cfg=case.cfg, pipeline=case.pipeline, dit_fsdp=case.dit_fsdp)
+    tracker = LivePeak()
+    with tracker, torch.no_grad():
+        runtime = start(get_platform("cpu"), layout, 5.0)
+
+        def build() -> Any:
+            spec = None if case.quantize is None else QuantizationSpec(case.quantize)
+            sharding: Any = InferenceFsdp2() if case.dit_fsdp else None
+            model = build_wan(
+                wan, groups=runtime.groups, platform=runtime.platform, param_dtype=DTYPES[case.precision],
+                residual_dtype=torch.float32, fsdp2=sharding,
+                modify=None if spec is None else lambda model: (quantize_layers(model, spec), None)[1])
+            for parameter in model.requires_grad_(False).parameters():
+                tracker.watch(parameter)
+                parameter.zero_()
+            return model
+
+        names = ("high", "low")
+        experts: Any
+        on_host = 0
+        if case.memory == "sequential":
+            experts = _OneExpert(build())
+        else:
+            models = {name: build() for name in names}
+            experts = ResidentExperts(models)
+            if case.memory == "block":
+                on_host = sum(p.nbytes for model in models.values() for p in model.blocks.parameters())
+                experts = StreamedExperts(models, runtime)
+        groups = runtime.groups
+        fusion = partial(PipeFusion, patches=case.patches, warmup=1) if case.patches > 1 else StagedModel
+        runner = WholeModel() if groups.pp is None else fusion(groups)
+        denoiser = Denoiser(experts, runtime, sigmas(6, 5.0), make_solver("unipc"), scales={"high": 4.0, "low": 3.0},
+                            boundary=0.875, runner=runner)
+        text = torch.randn(2, wan.text_len, wan.text_dim)
+        tracker.reset()
+        denoiser.run(torch.randn(1, wan.out_channels, *case.latent), Conditions(prompt=text[0], negative=text[1]))
+    return float(tracker.peak - on_host)
+
+
+def measure_generation(case: GenerationCase, run: Callable[..., list[Any]]) -> float:
+    """Measure a case with ``tests.helpers.spawn.run_ranks``; returns the largest rank's bytes."""
+    return float(max(run(measure_generation_rank, case.world_size, case, init=case.world_size > 1)))

@@ -12,24 +12,30 @@ from mindspeed_wan.errors import ConfigError, ResourceError, did_you_mean
 from mindspeed_wan.models.wan.config import PRESETS, SAMPLING_DEFAULTS
 from mindspeed_wan.models.wan.flops import latent_shape
 from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.planning import joint_report, report
 from mindspeed_wan.planning.devices import GB, GIB, Device, device
 from mindspeed_wan.planning.devices import PRESETS as DEVICES
-from mindspeed_wan.planning.job import Job
+from mindspeed_wan.planning.job import EightBits, Job
 from mindspeed_wan.planning.joint import JointPlan, plan_joint
 from mindspeed_wan.planning.layouts import Layout, Refusal, Search, search
 from mindspeed_wan.planning.scaling import scaling
 
 SCALING_LIMIT = 4096
 LEAST = {"devices": 1, "devices_per_node": 1, "lora": 0, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1,
-         "tp": 1, "cp": 1, "ulysses": 1, "pp": 1, "vp": 1, "shard": 0, "recompute": 0, "cfg": 1, "max_devices": 1}
+         "tp": 1, "cp": 1, "ulysses": 1, "pp": 1, "vp": 1, "shard": 0, "recompute": 0, "cfg": 1, "max_devices": 1,
+         "pipefusion_patches": 1, "pipefusion_warmup": 1}
 """The smallest value of every whole number."""
 HARDWARE = {"memory": ("memory", GIB), "tflops": ("peak_flops", 1e12), "intra": ("intra", GB), "inter": ("inter", GB)}
 """Flags that replace a preset's value: its field and unit."""
 TRAINING_ONLY = ("lora", "base_dtype", "fp32_residual", "micro_batch_size", "global_batch_size", "ema",
-                 "recompute_offload", "optimizer_cpu_offload", "optimizer", "features", "pp", "vp", "recompute",
+                 "recompute_offload", "optimizer_cpu_offload", "optimizer", "features", "vp", "recompute",
                  "no_sp", "expert_ranks", "expert_iters", "scaling", "plot")
-GENERATION_ONLY = ("steps", "cfg")
+GENERATION_ONLY = ("steps", "cfg", "quantize", "memory_mode", "pipefusion", "pipefusion_patches", "pipefusion_warmup")
+WEIGHT_ONLY: dict[str, EightBits] = {"fp8_weight_only": "fp8", "int8_weight_only": "int8"}
+"""What of a generation's ``--quantize`` is planned: products in 8 bits (fp8_dynamic) have no fitted speed."""
+MEMORY_MODES = {"auto": None, "resident": 2, "sequential": 1, "block": 0}
+"""Experts on the device."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--optimizer", choices=("adamw", "adam8bit"), default="adamw", help="adam8bit: 8-bit moments")
     what.add_argument("--features", action="store_true", help="train from cached latents and text: no encoders")
     what.add_argument("--steps", type=int, help="denoising steps (default: the task's)")
+    what.add_argument("--quantize", choices=tuple(WEIGHT_ONLY), help="with --infer: the experts' weights in 8 bits")
+    what.add_argument("--memory-mode", choices=tuple(MEMORY_MODES), default="auto",
+                      help="with --infer: all experts on the device, one, or two blocks of it (default: what fits)")
+    what.add_argument("--pipefusion", action="store_true", help="with --infer and stages: patches follow each other")
+    what.add_argument("--pipefusion-patches", type=int, help="its patches (default: two per stage)")
+    what.add_argument("--pipefusion-warmup", type=int, default=PipeFusionOptions().warmup,
+                      help="its whole steps at the start of each expert (default 2)")
     where = parser.add_argument_group("the devices")
     where.add_argument("--device", default="910B", help=f"preset: {', '.join(DEVICES)} (default 910B)")
     where.add_argument("--devices", type=int, default=8, help="how many (default 8)")
@@ -63,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         where.add_argument(f"--{name}", type=int if name == "devices-per-node" else float, help=unit)
     fixed = parser.add_argument_group("fixed degrees (left out: the planner chooses)")
     for name, text in (("tp", "tensor parallel"), ("cp", "context parallel"), ("ulysses", "Ulysses part of it"),
-                       ("pp", "pipeline stages, without FSDP2"), ("vp", "virtual chunks on each stage"),
+                       ("pp", "pipeline stages, without FSDP2"), ("vp", "virtual chunks on each stage (training)"),
                        ("shard", "FSDP2 sharding size, 0: no FSDP2"), ("recompute", "blocks recomputed"),
                        ("cfg", "guidance branches on their own ranks, 1 or 2")):
         fixed.add_argument(f"--{name}", type=int, help=text)
@@ -96,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
         print(report.text(plan, everything=args.all))
     if plan.layouts:
         best = plan.layouts[0]
-        if not args.json and job.training:
-            print("", *report.start(best, args.task), sep="\n")
+        if not args.json:
+            start = report.start if job.training else report.start_generation
+            print("", *start(best, args.task), sep="\n")
         if args.scaling or args.plot:
             values["scaling"] = _scaling(args, best)
     if args.json:
@@ -189,7 +203,8 @@ def _job(args: argparse.Namespace) -> Job:
         model=PRESETS[args.task], latent=_latent(args), device=chosen, dims=ParallelDims(),
         training=not args.infer, precision=args.precision,
         fp32_residual=args.fp32_residual or args.infer,  # a generation always has it
-        micro_batch=args.micro_batch_size, lora_rank=args.lora, base=args.base_dtype, ema=args.ema,
+        micro_batch=args.micro_batch_size, lora_rank=args.lora, ema=args.ema,
+        base=args.base_dtype or WEIGHT_ONLY.get(args.quantize),
         encoders=not args.features, steps=args.steps or sampling.num_steps,
         experts_of_model=1 if sampling.boundary is None else 2,
         offload=args.recompute_offload,
@@ -222,7 +237,9 @@ def _search(args: argparse.Namespace) -> Search:
         devices=args.devices, tensor=args.tp, context=args.cp, ulysses=args.ulysses,
         pipeline=args.pp, virtual=args.vp,
         sequence_parallel=False if args.no_sp else None, shard=args.shard, recomputed=args.recompute,
-        global_batch=args.global_batch_size, cfg=args.cfg,
+        global_batch=args.global_batch_size, cfg=args.cfg, experts=MEMORY_MODES[args.memory_mode],
+        pipefusion=PipeFusionOptions(on=args.pipefusion, patches=args.pipefusion_patches,
+                                     warmup=args.pipefusion_warmup),
     )
 
 

@@ -16,7 +16,7 @@ from mindspeed_wan.models.wan.flops import forward_flops, training_flops
 from mindspeed_wan.planning.activations import block_input
 from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.memory import TEXT_ENCODER_PARAMETERS
-from mindspeed_wan.planning.stages import most_trained
+from mindspeed_wan.planning.stages import most_trained, on_a_rank
 from mindspeed_wan.planning.traffic import Collective, collectives
 
 ATTENTION_BACKWARD = 2.5
@@ -96,9 +96,12 @@ def _forward_compute(job: Job) -> tuple[float, float]:
     share = job.micro_batch / layers / (job.dims.tensor * job.dims.context)
     attention = (flops.self_attention + flops.cross_attention) * share / (device.peak_flops * device.attention)
     linear = flops.linear * share / (device.peak_flops * device.linear)
-    # An 8-bit layer is read, written in the compute type, and read again by the product.
-    decoded = job.sizes.block * (1 + job.element) if job.base else 0
-    return attention, linear + (_elementwise_bytes(job) + decoded) / device.bandwidth
+    return attention, linear + (_elementwise_bytes(job) + _decoded_bytes(job)) / device.bandwidth
+
+
+def _decoded_bytes(job: Job) -> float:
+    """A block's 8-bit layers are read, written in the compute type, and read again by the products."""
+    return job.sizes.block * (1.0 + job.element) if job.base else 0.0
 
 
 def _elementwise_bytes(job: Job) -> float:
@@ -207,20 +210,47 @@ def _optimizer(job: Job) -> float:
 
 
 def _generation(job: Job) -> Duration:
-    found, branches = collectives(job), job.guidance / job.cfg
+    found, branches = collectives(job), job.branches
     block = _forward(job, found)
-    parts = _sum_passes([(block, job.model.num_layers)], branches)
+    parts = _sum_passes([(block, job.blocks)], branches)
     if job.experts == 0:
-        travel = job.sizes.block * job.element / HOST_LINK
-        parts["exposed streaming"] = branches * job.model.num_layers * _not_hidden(travel, block.compute)
-    parts["exposed output"] = branches * sum(c.seconds(job.device) * c.calls for c in found if not c.per_block)
+        travel = job.base_bytes.block / HOST_LINK
+        parts["exposed streaming"] = branches * job.blocks * _not_hidden(travel, block.compute)
+    parts.update(_stages_of_generation(job, found, sum(parts.values()) / branches))
+    parts["exposed output"] = branches * sum(c.seconds(job.device) * c.calls for c in found
+                                             if not c.per_block and not c.between_stages)
     parts["waiting for the slowest"] = _waiting(job, sum(parts.values()))
     once = job.micro_batch * (_vae_seconds(job) + _text_seconds(job)) if job.encoders else 0.0
+    if job.takes_turns:  # to the low-noise expert, and back for the next video
+        once += 2 * on_a_rank(job, job.base_bytes) / HOST_LINK
     videos = job.micro_batch * job.dims.data / job.cfg
     step = sum(parts.values())
     useful = videos * job.guidance * forward_flops(job.model, job.latent).total
     mfu = useful / step / (job.device.peak_flops * job.dims.world_size)
     return Duration(parts, mfu, videos / (step * job.steps + once), job.steps, once)
+
+
+def _stages_of_generation(job: Job, found: Iterable[Collective], one_pass: float) -> dict[str, float]:
+    """Return the seconds of a step that stages wait for each other, the mean over whole and patched steps.
+
+    The passes of both guidance branches follow each other through the stages, so the last stage begins p - 1 passes
+    late; with PipeFusion p - 1 patches, but each of the patches decodes 8-bit weights and starts its collectives anew.
+    """
+    if job.dims.pipeline == 1:
+        return {}
+    hop = sum(c.seconds(job.device) for c in found if c.between_stages)
+    late, whole = job.dims.pipeline - 1, job.whole_steps / job.steps
+    again = (job.patches - 1) * _per_patch(job, found)
+    patched = (one_pass + again) / job.patches
+    parts = {"pipeline bubble": late * (whole * one_pass + (1 - whole) * patched),
+             "exposed pipeline": late * hop * (whole + (1 - whole) / job.patches)}
+    return {**parts, "repeated by patches": (1 - whole) * job.branches * again} if job.patches > 1 else parts
+
+
+def _per_patch(job: Job, found: Iterable[Collective]) -> float:
+    """Return the seconds of a stage's pass that do not get shorter with fewer tokens."""
+    latencies = sum(c.latency(job.device) * c.calls for c in found if c.per_block and c.hidden is None)
+    return job.blocks * (_decoded_bytes(job) / job.device.bandwidth + latencies)
 
 
 def _sum_passes(passes: list[tuple[_Pass, int]], repeats: float) -> dict[str, float]:

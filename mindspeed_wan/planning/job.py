@@ -39,12 +39,14 @@ class Job:
         offload: the inputs of recomputed blocks are in host memory between the passes.
         states: where the moments are.
         lora_rank: adapters of this rank on the default targets are trained, nothing else; 0 trains all weights.
-        base: the frozen base's linear layers are held in 8 bits; ``None`` is the compute type.
+        base: the linear layers of a frozen base, or of a generation's experts, are held in 8 bits; ``None`` is the
+            compute type.
         encoders: VAE and text encoder run in the job (not with cached features).
         guidance: forward passes per step of a generation (2 with classifier-free guidance).
         cfg: guidance branches that run on ranks of their own (1 or 2).
         experts: experts that a generation keeps on the device; 0: their blocks come from the host one by one.
         experts_of_model: 2, or 1 for Wan2.1.
+        patches: PipeFusion's pieces of the tokens after ``warmup`` whole steps of each expert; 1 is not PipeFusion.
     """
 
     model: WanConfig
@@ -73,6 +75,8 @@ class Job:
     experts: int = 1
     experts_of_model: int = 2
     steps: int = 40
+    patches: int = 1
+    warmup: int = 2
 
     def with_changes(self, **changes: Any) -> Job:
         """Return a copy with some fields replaced."""
@@ -119,6 +123,21 @@ class Job:
     def sequence_parts(self) -> int:
         """Tensor ranks that share the tokens between tensor-parallel regions."""
         return self.dims.tensor if self.dims.sequence_parallel else 1
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches that one rank of a generation runs, one after the other."""
+        return self.guidance // self.cfg
+
+    @property
+    def whole_steps(self) -> int:
+        """Denoising steps whose passes are not cut into PipeFusion's patches."""
+        return self.steps if self.patches == 1 else min(self.steps, self.warmup * self.experts_of_model)
+
+    @property
+    def takes_turns(self) -> bool:
+        """A generation's experts are exchanged through host memory."""
+        return self.experts == 1 < self.experts_of_model
 
     @property
     def clips_per_step(self) -> int:

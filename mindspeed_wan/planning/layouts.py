@@ -1,15 +1,18 @@
 """Every layout of a number of devices: which fit, which are fastest, and why the others are refused.
 
-Legality is ``ParallelDims``'s own, so the planner and the trainer never disagree.
+Legality is ``ParallelDims``'s own, and for a generation ``InferenceLayout``'s, so the planner never disagrees with the
+programs that run what it plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.parallel.dims import ParallelDims
+from mindspeed_wan.parallel.inference_layout import InferenceLayout
+from mindspeed_wan.parallel.pipefusion_options import PipeFusionOptions
 from mindspeed_wan.planning.devices import GIB
 from mindspeed_wan.planning.duration import Duration, plan_duration
 from mindspeed_wan.planning.job import Job
@@ -61,9 +64,12 @@ class Search:
         devices: ranks of the job.
         shard: FSDP2's sharding size; 0 is no FSDP2.
         recomputed: blocks recomputed; ``None`` takes the fewest that fit.
-        pipeline: stages of a training job; ``virtual`` chunks on each.
+        pipeline: stages; ``virtual`` chunks on each (training).
         global_batch: clips per optimizer step; ``None`` is one micro-batch per data rank, with pipeline stages
             ``PER_STAGE`` per stage.
+        cfg: ranks of a generation's guidance branches.
+        experts: experts that a generation keeps on the device (see ``Job``); ``None`` is as many as fit.
+        pipefusion: how a generation's stages cut their passes.
     """
 
     devices: int
@@ -77,6 +83,8 @@ class Search:
     recomputed: int | None = None
     global_batch: int | None = None
     cfg: int | None = None
+    experts: int | None = None
+    pipefusion: PipeFusionOptions = field(default_factory=PipeFusionOptions)
 
 
 @dataclass
@@ -108,6 +116,8 @@ def describe(job: Job) -> str:
         words += [f"CFG{job.cfg}"] if job.cfg > 1 else []
         words += [f"DP{dims.data // job.cfg}"] if dims.data > job.cfg else []
         words += [f"FSDP2/{dims.shard_size}"] if job.fsdp2 else []
+        words += [f"PipeFusion of {job.patches}"] if job.patches > 1 else []
+        words += [job.base] if job.base else []
         words.append("blocks streamed" if job.experts == 0 else "whole model" if job.experts_of_model == 1
                      else "both experts" if job.experts == 2 else "one expert at a time")
     return " ".join(words)
@@ -131,7 +141,7 @@ def search(job: Job, wanted: Search) -> Plan:
 
 def _attempts(job: Job, wanted: Search) -> Iterator[Layout | Refusal]:
     for tensor in _choices(wanted.tensor, wanted.devices, MAX_TENSOR):
-        for context in _choices(wanted.context, wanted.devices, MAX_CONTEXT):
+        for context in _choices(wanted.context, wanted.devices, 1 if wanted.pipefusion else MAX_CONTEXT):
             for ulysses in _choices(wanted.ulysses, context, context):
                 for pipeline, virtual in _pipelines(job, wanted, tensor * context):
                     yield from _degrees(job, wanted, (tensor, context, ulysses), (pipeline, virtual))
@@ -142,17 +152,19 @@ def _degrees(job: Job, wanted: Search, ranks: tuple[int, int, int],
     (tensor, context, ulysses), (pipeline, virtual) = ranks, staged
     name = f"TP{tensor} CP{context} Ulysses {ulysses}" + (
         f" PP{pipeline} x {virtual} chunks" if virtual > 1 else f" PP{pipeline}" if pipeline > 1 else "")
+    if not job.training:
+        yield from _generations(job, wanted, ranks, pipeline, name)
+        return
     try:
         if pipeline > 1 and wanted.shard:
             yield Refusal(name, FSDP2_REASON)
             return
-        for shard in _shards(wanted, job, tensor) if job.training and pipeline == 1 else [0]:
-            dims = _dims(job, wanted, ranks, staged, shard)
+        for shard in _shards(wanted, job, tensor) if pipeline == 1 else [0]:
+            dims = _dims(wanted, ranks, staged, shard)
             dims.validate(num_heads=job.model.num_heads, ffn_dim=job.model.ffn_dim)
             if pipeline > 1:
                 stages(job.with_changes(dims=dims))  # every chunk gets a block
-            one = job.with_changes(dims=dims, fsdp2=shard != 0)
-            yield from _trainings(one, wanted) if job.training else _generations(one, wanted)
+            yield from _trainings(job.with_changes(dims=dims, fsdp2=shard != 0), wanted)
     except ConfigError as error:
         yield Refusal(name, error.message)
     if pipeline > 1 and wanted.shard is None:
@@ -164,7 +176,9 @@ def _pipelines(job: Job, wanted: Search, ranks: int) -> list[tuple[int, int]]:
     free = wanted.devices // ranks if wanted.devices % ranks == 0 else 1
     numbers = [n for n in STAGES if free % n == 0] if wanted.pipeline is None else [wanted.pipeline]
     if not job.training:
-        numbers = [1]
+        if wanted.pipeline is None and wanted.pipefusion:
+            numbers = [n for n in numbers if n > 1] or [1]
+        return [(n, 1) for n in (numbers if wanted.pipeline is not None or wanted.experts != 0 else [1])]
     chunks = CHUNKS if wanted.virtual is None else (wanted.virtual,)
     if wanted.virtual is not None and wanted.pipeline is None:
         numbers = [n for n in numbers if n > 1] or numbers if wanted.virtual > 1 else numbers
@@ -188,11 +202,10 @@ def _shards(wanted: Search, job: Job, tensor: int) -> list[int | None]:
     return [None, *one_node, 0] if ranks > 1 else [0]
 
 
-def _dims(job: Job, wanted: Search, ranks: tuple[int, int, int], staged: tuple[int, int],
+def _dims(wanted: Search, ranks: tuple[int, int, int], staged: tuple[int, int],
           shard: int | None) -> ParallelDims:
-    """A generation has no sequence parallelism: no activations are kept that it would divide."""
     tensor, context, ulysses = ranks
-    sequence = job.training and (wanted.sequence_parallel if wanted.sequence_parallel is not None else tensor > 1)
+    sequence = wanted.sequence_parallel if wanted.sequence_parallel is not None else tensor > 1
     return ParallelDims(world_size=wanted.devices, tensor=tensor, sequence_parallel=sequence, context=context,
                         ulysses=ulysses, pipeline=staged[0], virtual=staged[1],
                         shard=shard or (None if shard is None else 1))
@@ -239,27 +252,67 @@ def _fewest(job: Job, fixed: int | None) -> Layout | None:
     return Layout(best, plan_memory(best), plan_duration(best))
 
 
-def _generations(job: Job, wanted: Search) -> Iterator[Layout | Refusal]:
-    """Guidance branches on ranks of their own or not; weights sharded over a video's ranks or not."""
-    data = job.dims.data
-    for cfg in [wanted.cfg] if wanted.cfg else [c for c in (1, 2) if data % c == 0]:
-        if data % cfg or not 1 <= cfg <= job.guidance:
-            yield Refusal(describe(job), f"{data} ranks besides tensor and context cannot share {cfg} guidance"
-                          " branches")
+def _generations(job: Job, wanted: Search, ranks: tuple[int, int, int], pipeline: int,
+                 name: str) -> Iterator[Layout | Refusal]:
+    """Yield the layouts of these degrees, or what the generation program says about them."""
+    tensor, context, ulysses = ranks
+    for cfg, shard in _sharings(job, wanted, tensor * context, context, pipeline):
+        layout = InferenceLayout(
+            world_size=wanted.devices, tensor=tensor, ulysses=ulysses, ring=max(1, context // ulysses), cfg=cfg,
+            pipeline=pipeline, dit_fsdp=shard > 0)
+        problems = _generation_problems(job, wanted, layout, (context, shard))
+        if problems:
+            yield from (Refusal(name + f" CFG{cfg}" * (cfg > 1), problem) for problem in problems)
             continue
-        ranks = cfg * job.dims.context
-        for shard in ([ranks, 0] if ranks > 1 else [0]) if wanted.shard is None else [wanted.shard]:
-            one = job.with_changes(dims=replace(job.dims, shard=shard or 1), fsdp2=shard > 0, cfg=cfg)
-            if shard in (0, ranks):
-                yield _most_on_device(one)
-            else:
-                yield Refusal(describe(one), f"a generation shards over the {ranks} ranks (CFG x context) of a video")
+        try:
+            # No sequence parallelism: no activations are kept that it would divide.
+            dims = ParallelDims(world_size=wanted.devices, tensor=tensor, context=context, ulysses=ulysses,
+                                pipeline=pipeline, shard=shard or 1)
+            dims.validate(num_heads=job.model.num_heads, ffn_dim=job.model.ffn_dim)
+            one = job.with_changes(dims=dims, fsdp2=shard > 0, cfg=cfg)
+            stages(one)  # every stage gets a block
+        except ConfigError as error:
+            yield Refusal(name, error.message)
+            continue
+        if wanted.pipefusion:
+            one = one.with_changes(patches=wanted.pipefusion.count(layout), warmup=wanted.pipefusion.warmup)
+        yield _most_on_device(one, wanted.experts, layout)
 
 
-def _most_on_device(job: Job) -> Layout | Refusal:
+def _sharings(job: Job, wanted: Search, ranks: int, context: int, pipeline: int) -> list[tuple[int, int]]:
+    """Return (ranks of the guidance branches, FSDP2's sharding size) worth trying: what is asked for, or what fits."""
+    numbers = range(1, job.guidance + 1) if wanted.cfg is None else (wanted.cfg,)
+    sizes = {cfg: ranks * cfg * pipeline for cfg in numbers}
+    fitting = [cfg for cfg, size in sizes.items()
+               if wanted.devices % size == 0 and (pipeline == 1 or wanted.devices == size)]
+    if not fitting and (pipeline == 1 or wanted.pipeline is not None):
+        fitting = [numbers[0]]  # the refusal says why
+    found = []
+    for cfg in fitting:
+        every = cfg * context
+        free = (every, 0) if every > 1 and pipeline == 1 and wanted.experts != 0 else (0,)
+        found += [(cfg, shard) for shard in (free if wanted.shard is None else (wanted.shard,))]
+    return found
+
+
+def _generation_problems(job: Job, wanted: Search, layout: InferenceLayout, asked: tuple[int, int]) -> list[str]:
+    """Return what the generation program says about a layout for ``asked`` (context ranks, sharding size)."""
+    context, shard = asked
+    if context % layout.ulysses:
+        return [f"ulysses degree {layout.ulysses} does not divide context {context}"]
+    found = layout.streaming_problems() if wanted.experts == 0 else []
+    found += wanted.pipefusion.problems(layout, caches=False, compiles=False)
+    found += layout.problems(job.model.num_heads)
+    if shard not in (0, layout.cfg * context):
+        found.append(f"a generation shards over the {layout.cfg * context} ranks (CFG x context) of a video")
+    return found
+
+
+def _most_on_device(job: Job, wanted: int | None, layout: InferenceLayout) -> Layout | Refusal:
     """Keep all experts on the device, else one, else two blocks: as the ``--memory auto`` of a generation does."""
-    for experts in range(job.experts_of_model, -1 if not job.fsdp2 else 0, -1):
-        job = job.with_changes(experts=experts)
+    least = 1 if layout.streaming_problems() else 0
+    for experts in range(job.experts_of_model, least - 1, -1) if wanted is None else [wanted]:
+        job = job.with_changes(experts=min(experts, job.experts_of_model))
         memory = plan_memory(job)
         if _fits(memory, job):
             return Layout(job, memory, plan_duration(job))

@@ -21,7 +21,7 @@ from mindspeed_wan.planning.activations import (
     voxels,
 )
 from mindspeed_wan.planning.job import Job
-from mindspeed_wan.planning.stages import Stage, extra_rows, held, stages, under_way
+from mindspeed_wan.planning.stages import Stage, extra_rows, held, stages, under_way, wire_bytes
 
 VAE_PIXEL_BYTES = 20e3
 """Working memory of the VAE per pixel of a frame, fp32 (measured: decoding 480x832 took 7.3 GiB beside the weights)."""
@@ -38,6 +38,10 @@ BYTE_MOMENT = 1 + 4 / 256
 """Bytes of an 8-bit moment: its code, and a fp32 scale for 256 of them."""
 ENCODING_BYTES = 46
 """Working memory of encoding one 8-bit moment, per element of the tensor at hand."""
+ROTATION_BYTES = 16
+"""Bytes per token and channel of a head: cosine and sine, and the complex table made of them."""
+SOLVER_LATENTS = 8
+"""Latents of a denoising step, fp32: the sample, both velocities, and what a multistep solver remembers."""
 FRAGMENTATION = 0.04
 """Share of the allocator's memory that is lost between blocks (expandable segments on)."""
 
@@ -83,7 +87,7 @@ class MemoryPlan:
 def plan_memory(job: Job) -> MemoryPlan:
     """Return the moments of a training step (with pipeline stages: of the largest stage), or of a generation."""
     if job.dims.pipeline > 1:
-        # Earlier stages have more blocks and more micro-batches under way; the last one alone has the head.
+        # The first stage has most blocks, most micro-batches under way, and the embeddings; the last one has the head.
         found = stages(job)
         return max((plan_stage(job, stage) for stage in (found[0], found[-1])), key=lambda plan: plan.total)
     moments = _training_moments(job) if job.training else _generation_moments(job)
@@ -91,7 +95,9 @@ def plan_memory(job: Job) -> MemoryPlan:
 
 
 def plan_stage(job: Job, stage: Stage) -> MemoryPlan:
-    """Return the moments of a training step on one pipeline stage."""
+    """Return the moments of a training step, or of a generation, on one pipeline stage."""
+    if not job.training:
+        return _on_device(job, _generation_moments(job, stage), host_memory(job, stage))
     alive = max(_under_way(job, stage), key=lambda counts: _stage_activations(job, stage, counts))
     inputs = _dot(alive, stage.recomputed(job.recomputed)) * block_input(job) if job.offload else 0.0
     moments_there = 8.0 * held(job.trained, stage) if job.states == "host" else 0.0
@@ -103,11 +109,12 @@ def _on_device(job: Job, moments: list[Moment], host: float) -> MemoryPlan:
     return MemoryPlan(tuple(moments), 0.0 if on_host else RUNTIME_BYTES, 0.0 if on_host else FRAGMENTATION, host)
 
 
-def host_memory(job: Job) -> float:
+def host_memory(job: Job, stage: Stage | None = None) -> float:
     """Bytes of page-locked host memory per device: offloaded block inputs and moments, a generation's experts."""
     if not job.training:
-        away = 0 if job.experts == job.experts_of_model else job.experts_of_model
-        return float(away * job.sizes.shard * job.element)
+        expert = job.base_bytes.shard if stage is None else held(job.base_bytes, stage)
+        blocks = job.model.num_layers * job.base_bytes.block
+        return float(job.experts_of_model * (blocks if job.experts == 0 else expert if job.takes_turns else 0))
     inputs = job.recomputed * block_input(job) if job.offload else 0.0
     return inputs + (8.0 * job.trained.shard if job.states == "host" else 0.0)
 
@@ -137,11 +144,14 @@ def _state_parts(job: Job, stage: Stage | None = None) -> dict[str, float]:
 
 
 def _gathered_parts(job: Job) -> dict[str, float]:
-    """Whole parameters that FSDP2 has gathered: a block is used while the next one arrives."""
+    """Whole parameters that FSDP2 has gathered: a block is used while the next one arrives.
+
+    A generation gathers it ahead, which takes the buffer it arrives in besides.
+    """
     if not job.wrapped:
         return {}
-    sizes = job.base_bytes
-    return {"gathered parameters": float(sizes.outside + sizes.head + 2 * sizes.block)}
+    sizes, blocks = job.base_bytes, 2 if job.training else 3
+    return {"gathered parameters": float(sizes.outside + sizes.head + blocks * sizes.block)}
 
 
 def _decoded_layer(job: Job) -> dict[str, float]:
@@ -273,26 +283,49 @@ def _vae_parts(job: Job) -> dict[str, float]:
     return {"VAE working memory": VAE_PIXEL_BYTES * pixels * job.element / 4, "video": video}
 
 
-def _generation_moments(job: Job) -> list[Moment]:
-    sizes, e, model, n = job.sizes, job.element, job.model, job.local_tokens
-    tensor = job.dims.tensor
-    branches = job.guidance // job.cfg
-    on_device = job.experts * sizes.shard if job.experts else \
-        job.experts_of_model * (sizes.outside + sizes.head) + 2 * sizes.block
-    weights = {"weights": float(on_device * e)}
-    contexts = max(job.experts, 1) * branches
-    context = contexts * model.num_layers * model.text_len * job.micro_batch * model.dim * 2 * e / tensor
-    inside = 3 * model.dim * e + 2 * 4 * model.dim  # q, k, v of the attention and the rotation's fp32 copies
-    widest = max(inside / tensor, (2 * model.ffn_dim / tensor + model.dim) * e)
-    per_token = widest + (model.dim * (2 * job.residual + e + 4)) / job.sequence_parts
-    denoise = {**weights, "text context": float(context), "activations": n * per_token,
-               "latents": 6 * 4.0 * model.out_channels * voxels(job), **_gathered_parts(job)}
+def _generation_moments(job: Job, stage: Stage | None = None) -> list[Moment]:
+    """Return the moments of a generation, on one pipeline stage where there are stages."""
+    weights = {"weights": _generation_weights(job, stage)}
+    denoise = {**weights, **_gathered_parts(job), **_decoded_layer(job), **_denoising_parts(job, stage)}
     moments = [Moment("denoising", _present(denoise))]
     if job.encoders:
         vae = {"VAE": VAE_PARAMETERS * 4.0, **_vae_parts(job)}
         moments += [Moment("decoding video", {**weights, **vae}),
-                    Moment("encoding text", {"text encoder": TEXT_ENCODER_PARAMETERS * e})]
+                    Moment("encoding text", {"text encoder": TEXT_ENCODER_PARAMETERS * job.element})]
     return moments
+
+
+def _generation_weights(job: Job, stage: Stage | None) -> float:
+    """All experts, the one in use, or two blocks of it beside what is outside the blocks of all."""
+    sizes = job.base_bytes
+    if job.experts == 0:
+        return float(job.experts_of_model * (sizes.outside + sizes.head) + 2 * sizes.block)
+    return float(job.experts * (sizes.shard if stage is None else held(sizes, stage)))
+
+
+def _denoising_parts(job: Job, stage: Stage | None) -> dict[str, float]:
+    """Return what a step holds beside weights: the prompts' keys and values, a block's tensors, the solver's latents.
+
+    Stages add what they send and receive, PipeFusion the keys and values of its blocks for all tokens.
+    """
+    model, e, n, tensor = job.model, job.element, job.local_tokens, job.dims.tensor
+    blocks = model.num_layers if stage is None else stage.blocks
+    keys_and_values = job.branches * blocks * 2 * model.dim * e / tensor
+    inside = 3 * model.dim * e + 2 * 4 * model.dim  # q, k, v of the attention and the rotation's fp32 copies
+    if job.dims.ring > 1:  # two chunks of keys and values; two partial results in fp32, and both weighted
+        inside = 3 * model.dim * e + 4 * model.dim * e + 4 * 4 * model.dim
+    widest = max(inside / tensor, (2 * model.ffn_dim / tensor + model.dim) * e)
+    per_token = widest + (model.dim * (2 * job.residual + e + 4)) / job.sequence_parts
+    parts = {"text context": keys_and_values * model.text_len * job.micro_batch, "activations": n * per_token,
+             "rotary tables": n * model.head_dim * ROTATION_BYTES,
+             "latents": SOLVER_LATENTS * 4.0 * model.out_channels * voxels(job),
+             "text": job.guidance * 4.0 * model.text_len * model.text_dim * job.micro_batch}
+    if stage is not None:
+        parts["between stages"] = wire_bytes(job) * (not stage.first) + \
+            wire_bytes(job) * (not stage.last) * (job.branches - 1)
+    if job.patches > 1:  # those of the block at hand are counted as its own
+        parts["PipeFusion's keys and values"] = (keys_and_values - 2 * model.dim * e / tensor) * n
+    return parts
 
 
 def _present(parts: dict[str, float]) -> dict[str, float]:

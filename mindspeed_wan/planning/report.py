@@ -14,7 +14,7 @@ from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.layouts import Layout, Plan
 from mindspeed_wan.planning.memory import plan_stage
 from mindspeed_wan.planning.scaling import ScalingRow
-from mindspeed_wan.planning.stages import bubble, held, stages
+from mindspeed_wan.planning.stages import bubble, held, on_a_rank, stages
 from mindspeed_wan.planning.traffic import bytes_between_stages, collectives
 
 SHOWN = 6
@@ -62,6 +62,7 @@ def details(layout: Layout) -> list[str]:
     lines += _columns({**peak.parts, "fragmentation": memory.fragmentation * peak.tensors,
                        "runtime": memory.runtime}, GIB, "GiB")
     if memory.host:
+        lines += _host_traffic(job)
         lines.append(f"page-locked host memory: {memory.host / GIB:.1f} GiB per device,"
                      f" {memory.host * min(job.device.per_node, job.dims.world_size) / GIB:.0f} GiB per node")
     if job.dims.pipeline > 1:
@@ -76,15 +77,40 @@ def details(layout: Layout) -> list[str]:
     return lines
 
 
+def _host_traffic(job: Job) -> list[str]:
+    """Return what comes from host memory during a generation."""
+    if job.training:
+        return []
+    if job.takes_turns:
+        return [f"from host memory: {on_a_rank(job, job.base_bytes) / 1e9:.1f} GB at each exchange of the experts"]
+    return [f"from host memory: {job.branches * job.blocks * job.base_bytes.block / 1e9:.1f} GB per step"]
+
+
 def _stage_lines(layout: Layout) -> list[str]:
-    dims = layout.job.dims
-    idle = bubble(dims.pipeline, dims.virtual, layout.job.accumulation)
-    lines = [f"pipeline: {layout.job.accumulation} micro-batches, {idle:.1%} of their time in the bubble,"
-             f" {bytes_between_stages(layout.job) / 1e9:.2f} GB sent per step and rank"]
+    job = layout.job
+    lines = [f"pipeline: {_passes(job)}, {idle_share(layout):.1%} of their time in the bubble,"
+             f" {bytes_between_stages(job) / 1e9:.2f} GB sent per step and rank"]
     for stage in stage_rows(layout):
         lines.append(f"  stage {stage['stage']}: {'+'.join(map(str, stage['chunks']))} blocks,"
                      f" {stage['parameters'] / 1e9:.2f} G parameters, {stage['memory_bytes'] / GIB:.1f} GiB")
     return lines
+
+
+def _passes(job: Job) -> str:
+    if job.training:
+        return f"{job.accumulation} micro-batches"
+    passes = f"{job.branches} pass{'es' * (job.branches > 1)} per step"
+    return passes if job.patches == 1 else f"{passes} in {job.patches} patches after {job.whole_steps} whole steps"
+
+
+def idle_share(layout: Layout) -> float:
+    """Return the share of a step's passes in which a stage stands still."""
+    job, parts = layout.job, layout.duration.parts
+    if job.training:
+        return bubble(job.dims.pipeline, job.dims.virtual, job.accumulation)
+    idle = parts["pipeline bubble"]
+    return idle / (idle + sum(parts[name] for name in ("attention", "other compute", "repeated by patches")
+                              if name in parts))
 
 
 def stage_rows(layout: Layout) -> list[dict[str, Any]]:
@@ -123,7 +149,7 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
     job, memory, time = layout.job, layout.memory, layout.duration
     dims = job.dims
     staged = {"stages": stage_rows(layout), "bytes_between_stages": bytes_between_stages(job),
-              "bubble": bubble(dims.pipeline, dims.virtual, job.accumulation)} if dims.pipeline > 1 else {}
+              "bubble": idle_share(layout)} if dims.pipeline > 1 else {}
     return {
         "name": layout.name,
         "tensor": dims.tensor, "sequence_parallel": dims.sequence_parallel, "context": dims.context,
@@ -133,6 +159,7 @@ def layout_dict(layout: Layout) -> dict[str, Any]:
         "recomputed_blocks": job.recomputed, "keep_attention": job.keep_attention,
         "offload": job.offload, "states": job.states, "host_bytes": memory.host,
         "accumulation": job.accumulation, "cfg": job.cfg, "experts_on_device": None if job.training else job.experts,
+        "patches": job.patches, "whole_steps": None if job.training else job.whole_steps,
         "memory_bytes": memory.total, "memory_peak": memory.peak.name,
         "memory_moments": {moment.name: moment.parts for moment in memory.moments},
         "seconds": time.parts, "step_seconds": time.step, "total_seconds": time.total,
@@ -168,6 +195,30 @@ def start(layout: Layout, task: str, expert: str = "high", *, split: Sequence[st
         words.append("FSDP_CONFIG=")
     words += [*_script(job, task, expert), *_flags(job)]
     return [f"start it{where}: {' '.join(words)}", *_file_lines(job)]
+
+
+MODES = {2: "resident", 1: "sequential", 0: "block"}
+"""``--memory`` of a generation by the experts on the device."""
+
+
+def start_generation(layout: Layout, task: str) -> list[str]:
+    """Return how a generation with this layout is started."""
+    job, dims = layout.job, layout.job.dims
+    frames, height, width = job.latent
+    where, ranks = _nodes(job, dims.world_size)
+    flags = {"--size": f"'{8 * width}*{8 * height}'", "--frame_num": 4 * frames - 3, "--sample_steps": job.steps,
+             "--cfg_size": job.cfg, "--ulysses_size": dims.ulysses_size, "--ring_size": dims.ring,
+             "--tensor_size": dims.tensor, "--pipeline_model_parallel_size": dims.pipeline}
+    given = [f"{flag} {value}" for flag, value in flags.items() if value != 1 or flag == "--frame_num"]
+    given += ["--dit_fsdp"] if job.fsdp2 else []
+    given += ["--pipefusion", f"--pipefusion_patches {job.patches}", f"--pipefusion_warmup {job.warmup}"] \
+        if job.patches > 1 else []
+    given += [f"--quantize {job.base}_weight_only"] if job.base else []
+    given += ["--dtype fp32"] if job.precision == "fp32" else []
+    given.append(f"--memory {'resident' if job.experts == job.experts_of_model else MODES[job.experts]}")
+    prompt = ["--prompt TEXT"] + (["--image FILE"] if task.startswith("i2v") else [])
+    script = f"bash examples/wan2.2/A14B/{'i2v' if task.startswith('i2v') else 't2v'}/inference.sh"
+    return [f"start it{where}: {' '.join([*ranks, script, '--ckpt_dir FOLDER', *given, *prompt])}"]
 
 
 def _nodes(job: Job, devices: int) -> tuple[str, list[str]]:

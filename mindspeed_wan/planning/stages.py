@@ -71,11 +71,16 @@ def held(sizes: UnitSizes, stage: Stage) -> int:
     return stage.blocks * sizes.block + (sizes.outside if stage.first else 0) + (sizes.head if stage.last else 0)
 
 
+def on_a_rank(job: Job, sizes: UnitSizes) -> int:
+    """Return what the rank that holds most of ``sizes`` has of it."""
+    if job.dims.pipeline == 1:
+        return sizes.shard
+    return max(held(sizes, stage) for stage in stages(job))
+
+
 def most_trained(job: Job) -> int:
     """Return the trained parameters of the rank that has most of them."""
-    if job.dims.pipeline == 1:
-        return job.trained.shard
-    return max(held(job.trained, stage) for stage in stages(job))
+    return on_a_rank(job, job.trained)
 
 
 def bubble(stages: int, virtual: int, micro_batches: int) -> float:
@@ -108,13 +113,19 @@ def under_way(stages: int, virtual: int, micro_batches: int, number: int) -> tup
 
 
 def wire_bytes(job: Job) -> float:
-    """Return what travels between two chunks for one micro-batch: tokens, text, image, modulation and time."""
+    """Return what travels between two chunks for one micro-batch, or for one pass of a generation."""
     return (job.local_tokens / job.sequence_parts + extra_rows(job)) * job.model.dim * job.residual
 
 
 def extra_rows(job: Job) -> float:
-    """Return the rows behind the tokens, of all clips of a micro-batch; modulation and time are fp32."""
+    """Return the rows behind the tokens, of all clips of a micro-batch; modulation and time are fp32.
+
+    A generation sends no text: every stage computed its own keys and values of the prompt beforehand.
+    """
+    time = TIME_ROWS * 4 // job.residual
+    if not job.training:
+        return float(job.micro_batch * time)
     image = 0
     if job.model.has_image_embedder:
         image = IMAGE_CONTEXT_LENGTH if job.model.pos_embed_len is None else job.model.pos_embed_len
-    return float(job.micro_batch * (job.model.text_len + image + TIME_ROWS * 4 // job.residual))
+    return float(job.micro_batch * (job.model.text_len + image + time))

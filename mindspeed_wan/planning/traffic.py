@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mindspeed_wan.planning.activations import voxels
 from mindspeed_wan.planning.devices import Device
 from mindspeed_wan.planning.job import Job
 from mindspeed_wan.planning.stages import most_trained, wire_bytes
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "hop"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "hop"]
 Phase = Literal["forward", "backward", "step"]
 
 LINK_SHARE = 0.8
@@ -57,16 +58,22 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that leave this rank in one call."""
-        if self.kind in ("send", "hop"):
+        if self.kind in ("send", "hop", "broadcast"):
             return self.payload
         share = (self.size - 1) / self.size
         return self.payload * share * (2 if self.kind == "all_reduce" else 1)
 
+    def latency(self, device: Device) -> float:
+        """Return the time of one call without data."""
+        nodes = self._nodes(device)
+        return LATENCY_INTRA + (LATENCY_INTER * math.log2(nodes) if nodes > 1 else 0.0)
+
+    def _nodes(self, device: Device) -> int:
+        return math.ceil(self.size / ranks_per_node(device, self.size, self.stride))
+
     def seconds(self, device: Device) -> float:
         """Return the time of one call."""
-        here = ranks_per_node(device, self.size, self.stride)
-        nodes = math.ceil(self.size / here)
-        latency = LATENCY_INTRA + (LATENCY_INTER * math.log2(nodes) if nodes > 1 else 0.0)
+        here, nodes, latency = ranks_per_node(device, self.size, self.stride), self._nodes(device), self.latency(device)
         if self.kind == "hop":  # one rank to one rank: the slowest pair has one adapter
             return latency + self.payload / (device.intra if nodes == 1 else device.inter) / LINK_SHARE
         if self.kind == "all_to_all":
@@ -145,16 +152,23 @@ def _fsdp2(job: Job) -> list[Collective]:
 
 
 def _pipeline(job: Job) -> list[Collective]:
-    """A stage in the middle, per micro-batch: every chunk sends its output on, and its input's gradient back."""
+    """A stage in the middle, per micro-batch: every chunk sends its output on, and its input's gradient back.
+
+    In a generation the last stage gives all stages the velocities of a step.
+    """
     dims = job.dims
-    return [Collective("pipeline: to the next stage" if phase == "forward" else "pipeline: back to the one before",
-                       "hop", dims.pipeline, dims.stage_ranks, wire_bytes(job), dims.virtual, phase, per_block=False)
-            for phase in _phases(job)]
+    shared = [] if job.training else [
+        Collective("pipeline: share the velocities", "broadcast", dims.pipeline, dims.stage_ranks,
+                   4.0 * job.model.out_channels * voxels(job), 1, "forward", per_block=False)]
+    names = {"forward": "pipeline: to the next stage", "backward": "pipeline: back to the one before"}
+    return [Collective(names[phase], "hop", dims.pipeline, dims.stage_ranks, wire_bytes(job), dims.virtual, phase,
+                       per_block=False) for phase in _phases(job)] + shared
 
 
 def bytes_between_stages(job: Job) -> float:
-    """Return the bytes that one rank of a stage in the middle sends to other stages in one optimizer step."""
-    return job.accumulation * sum(c.sent * c.calls for c in collectives(job) if c.between_stages)
+    """Return the bytes that one rank of a stage in the middle sends to other stages in one step."""
+    passes = job.accumulation if job.training else job.branches
+    return passes * sum(c.sent * c.calls for c in collectives(job) if c.between_stages)
 
 
 def _gradients(job: Job) -> list[Collective]:

@@ -209,7 +209,7 @@ def test_command_plans_both_experts(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--base-dtype", "fp8"], "without --lora"),
-    (["--infer", "--pp", "2"], "--pp: only for planning training"),
+    (["--infer", "--vp", "2", "--expert-iters", "1,1"], "--vp, --expert-iters: only for planning training"),
     (["--pp", "2", "--shard", "4"], "FSDP2 with pipeline stages"),
     (["--expert-ranks", "5,5"], "the job has 8"),
     (["--expert-ranks", "half"], "not even, auto or HIGH,LOW"),
