@@ -1,8 +1,9 @@
-"""Chinese pages keep step with the English ones: the same commands, files, links, tables and order of headings."""
+"""Chinese pages keep step with the English ones: the same commands, flags, figures, files, links, tables, headings."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)#\s]+)")
 _TABLE = re.compile(r"(?:^\|.*\n?)+", re.MULTILINE)
 _COMMENT = re.compile(r"(?:^|(?<=\s))#[^\n]*")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)")
+_FLAG = re.compile(r"--[a-z][\w-]+")
 _HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -46,6 +49,12 @@ def _shape(page: Path) -> tuple[list[int], list[tuple[int, int]]]:
     return levels, tables
 
 
+def _figures(page: Path) -> tuple[Counter[str], set[str]]:
+    """Return the numbers of the prose and tables, and the flags named in them; small ones may be words in a language."""
+    text = _FENCE.sub("", _text(page))
+    return Counter(number for number in _NUMBER.findall(text) if len(number) > 1), set(_FLAG.findall(text))
+
+
 def test_the_pages_people_start_with_are_there() -> None:
     assert {f"{name}.zh.md" for name in WANTED} <= {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.zh.md")}
 
@@ -56,6 +65,7 @@ def test_twin_keeps_step(page: Path) -> None:
     assert _code(page) == _code(english)
     assert _links(page) == _links(english)
     assert _shape(page) == _shape(english)
+    assert _figures(page) == _figures(english)
 
 
 @pytest.mark.parametrize("page", TWINS, ids=lambda page: page.relative_to(ROOT).as_posix())
