@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from mindspeed_wan.checkpoint.sources import check_names_and_shapes, open_weights
 from mindspeed_wan.checkpoint.stored import local_box, read_quantized
@@ -39,6 +38,7 @@ from mindspeed_wan.models.quantization_spec import SCALE_SUFFIX, QuantizationSpe
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.models.wan.provider import build_wan
+from mindspeed_wan.parallel.dtensor import local
 
 
 @dataclass(frozen=True)
@@ -278,13 +278,6 @@ class _Background:
 def _nothing(view: QuantizedView) -> tuple[torch.Tensor, torch.Tensor]:
     """What a rank holds of a weight whose rows are all elsewhere (uneven FSDP2 shards)."""
     return torch.empty(local(view.codes).shape, dtype=torch.int8), torch.empty(local(view.scales).shape)
-
-
-def local(parameter: nn.Parameter | torch.Tensor) -> torch.Tensor:
-    """Return this rank's storage of a parameter (FSDP2 makes it a DTensor)."""
-    from torch.distributed.tensor import DTensor
-
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def page_locked(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:

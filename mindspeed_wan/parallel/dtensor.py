@@ -1,4 +1,4 @@
-"""A local tensor seen as its piece of a global one, wherever it lives."""
+"""A local tensor seen as its piece of a global one, wherever it lives, and back."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def piece_of(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     spec = DTensorSpec(mesh, tuple(placements), tensor_meta=meta)
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-any-return, call-arg, arg-type]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor (shared storage), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mindspeed_wan.errors import ParallelError
+from mindspeed_wan.parallel.dtensor import local
 from mindspeed_wan.parallel.groups import ParallelGroups, group_size
 from mindspeed_wan.parallel.layout import ParamLayout
 
@@ -67,10 +68,10 @@ def finish_grads(model: nn.Module, groups: ParallelGroups, max_norm: float) -> f
     _undo_gloo_sum(model, grads)
     plain = [g for g in grads.values() if not isinstance(g, DTensor)]
     _all_reduce(plain, groups.dp_cp, divide_by=group_size(groups.dp_cp))
-    _all_reduce([_local(g) for name, g in grads.items() if layouts[name].tp_partial], groups.tp)
+    _all_reduce([local(g) for name, g in grads.items() if layouts[name].tp_partial], groups.tp)
     total = _total_norm(grads, layouts, groups)
     if max_norm > 0:
-        _scale([_local(g) for g in grads.values()], min(1.0, max_norm / (total + 1e-6)))
+        _scale([local(g) for g in grads.values()], min(1.0, max_norm / (total + 1e-6)))
     return total
 
 
@@ -85,14 +86,10 @@ def _layouts(model: nn.Module, grads: dict[str, Tensor], groups: ParallelGroups)
     return {name: known.get(name, ParamLayout()) for name in grads}
 
 
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
 def _undo_gloo_sum(model: nn.Module, grads: dict[str, Tensor]) -> None:
     scale = getattr(model, "grad_scale", 1.0)
     if scale != 1.0:
-        _scale([_local(g) for g in grads.values() if isinstance(g, DTensor)], scale)
+        _scale([local(g) for g in grads.values() if isinstance(g, DTensor)], scale)
 
 
 def _scale(tensors: list[Tensor], factor: float) -> None:
@@ -139,12 +136,12 @@ def _total_norm(grads: dict[str, Tensor], layouts: dict[str, ParamLayout], group
     """
     if not grads and groups.mesh is None:
         return 0.0
-    device = _local(next(iter(grads.values()))).device if grads else groups.mesh.device_type  # type: ignore[union-attr]
+    device = local(next(iter(grads.values()))).device if grads else groups.mesh.device_type  # type: ignore[union-attr]
     sums = torch.zeros(2, 2, device=device)  # [sharded by FSDP, sharded by tensor parallel]
     for by_fsdp in (0, 1):
         for by_tensor in (0, 1):
             chosen = [
-                _local(g)
+                local(g)
                 for name, g in grads.items()
                 if _is_fsdp_shard(g) == bool(by_fsdp) and (layouts[name].tp_axis is not None) == bool(by_tensor)
             ]

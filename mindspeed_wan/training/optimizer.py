@@ -20,19 +20,14 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from mindspeed_wan.parallel.dtensor import local
 from mindspeed_wan.parallel.grads import drop_gradient, gradient
 
 BATCH_BYTES = 256 << 20
 """States that do not live on the device in fp32 are brought there for about so many bytes at a time."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor (shared storage), or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def decays(parameter: Tensor) -> bool:

@@ -24,8 +24,8 @@ from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.param_map import parameter_table
 from mindspeed_wan.parallel.agreement import first_decides
+from mindspeed_wan.parallel.dtensor import local
 from mindspeed_wan.parallel.groups import ParallelGroups
-from mindspeed_wan.training.optimizer import local
 from mindspeed_wan.training.restore import check_card
 
 OTHER = {"high": "low", "low": "high"}

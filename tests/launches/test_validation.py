@@ -158,9 +158,9 @@ def abandon(rank: int, world_size: int, argv: list[str]) -> bool:
     """Sample with a stop request on the last rank only; returns whether the weights are what they were."""
     import torch
 
+    from mindspeed_wan.parallel.dtensor import local
     from mindspeed_wan.parallel.groups import init_distributed
     from mindspeed_wan.platforms import get_platform, reset_platform
-    from mindspeed_wan.training.optimizer import local
     from mindspeed_wan.training.setup import prepare
 
     reset_platform()
