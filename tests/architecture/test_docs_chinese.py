@@ -50,7 +50,7 @@ def _shape(page: Path) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def _figures(page: Path) -> tuple[Counter[str], set[str]]:
-    """Return the numbers of the prose and tables, and the flags named in them; small ones may be words in a language."""
+    """Return the numbers of prose and tables (small ones may be words in one language), and the flags named there."""
     text = _FENCE.sub("", _text(page))
     return Counter(number for number in _NUMBER.findall(text) if len(number) > 1), set(_FLAG.findall(text))
 
