@@ -101,15 +101,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mindspeed_wan.lora.spec import guess_expert
+    from mindspeed_wan.lora.expert import expert_of
 
     lora = _read(args, _config(args))
     alphas = sorted({adapter.alpha for adapter in lora.adapters.values()})
     facts: dict[str, Any] = {
         "format": lora.format, "modules": len(lora.adapters), "ranks": lora.ranks, "alphas": alphas,
         "alpha_source": lora.alpha_source, "differences": len(lora.diffs), "values": lora.num_values,
-        "expert": guess_expert(str(args.path)), "unmatched": list(lora.unmatched), "metadata": dict(lora.metadata),
-        "kinds": lora.kinds,
+        "expert": expert_of(lora.metadata, args.path), "unmatched": list(lora.unmatched),
+        "metadata": dict(lora.metadata), "kinds": lora.kinds,
     }
     if args.json:
         print(json.dumps(facts, indent=2))

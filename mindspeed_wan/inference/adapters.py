@@ -12,11 +12,11 @@ from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.inference.lora_options import LoraOptions
 from mindspeed_wan.inference.runtime import Runtime
 from mindspeed_wan.lora.apply import load_adapter, unload
+from mindspeed_wan.lora.expert import expert_of, told_expert
 from mindspeed_wan.lora.formats import LoraFile, read_lora
 from mindspeed_wan.lora.layers import Factor
 from mindspeed_wan.lora.merge import change_of_rows, touched_parameters
 from mindspeed_wan.lora.merge_model import merge_into_model
-from mindspeed_wan.lora.spec import guess_expert
 from mindspeed_wan.models.quantization import Change, quantized_layers
 from mindspeed_wan.models.wan.config import WanConfig
 from mindspeed_wan.models.wan.model import WanDiT
@@ -107,27 +107,16 @@ def read_adapters(
 
 
 def _check_expert(path: Path, lora: LoraFile, expert: str) -> None:
-    """Our own files know their expert; of others the name may say so, which is worth a warning."""
-    known = told_expert(lora)
+    """Our own files know their expert; of others a name may say so, which is worth a warning."""
+    known = told_expert(lora.metadata)
     if known is not None and known != expert:
         flag, other = ("--lora_path", "--lora_high_path") if expert == "low" else ("--lora_high_path", "--lora_path")
         raise CheckpointError(f"was trained on the {known}-noise expert, but {flag} puts it on the {expert}-noise one",
                               where=str(path), fix=f"give it with {other}")
-    guess = guess_expert(path.name) if known is None else None
+    guess = expert_of(lora.metadata, path)
     if guess is not None and guess != expert:
         print(f"warning: {path.name} looks like an adapter of the {guess}-noise expert; it is put on the "
               f"{expert}-noise one", flush=True)
-
-
-def told_expert(lora: LoraFile) -> str | None:
-    """Return the expert that an adapter file's own metadata names (files of our training do)."""
-    import json
-
-    try:
-        expert = json.loads(lora.metadata["mindspeed_wan.training"])["expert"]
-    except (KeyError, ValueError, TypeError):
-        return None
-    return expert if expert in ("high", "low") else None
 
 
 def move_factors(model: nn.Module, device: torch.device) -> None:

@@ -219,15 +219,3 @@ class LoraSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> LoraSpec:
         """Read what ``to_dict`` wrote."""
         return cls(**{**values, "targets": tuple(values["targets"])})
-
-
-def guess_expert(name: str) -> str | None:
-    """Return ``high`` or ``low`` when a file or folder name says so (``...-high-noise-HPS2.1``), else ``None``.
-
-    ``transformer``/``transformer_2`` count too (Diffusers: high, low). Names that say both say nothing.
-    """
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    high, low = ({level, level + "noise"} & set(words) for level in ("high", "low"))
-    if bool(high) == bool(low):
-        return "low" if "transformer 2" in " ".join(words) and not high else None
-    return "high" if high else "low"

@@ -46,7 +46,7 @@ def extract(
         with_diffs: also store the exact differences of biases, norms and modulation tables.
 
     Raises:
-        CheckpointError: weights of another model, or no difference at all.
+        CheckpointError: weights of another model or with values that are not finite, or no difference at all.
         ConfigError: unknown targets, or a rank that is not positive.
     """
     _check_rank(rank)
@@ -62,12 +62,14 @@ def extract(
             if on_module is not None:
                 on_module(mm)
             delta = new.read(f"{mm}.weight").float() - old.read(f"{mm}.weight").float()
+            _check_finite(f"{mm}.weight", delta)
             if bool(delta.any()):
                 adapters[mm], energy[mm] = approximate(delta, rank)
         if with_diffs:
             others = [n for n in shapes if n.rpartition(".")[0] not in modules or not n.endswith(".weight")]
             for name in others:
                 diff = new.read(name).float() - old.read(name).float()
+                _check_finite(name, diff)
                 if bool(diff.any()):
                     diffs[name] = diff
     if not adapters and not diffs:
@@ -79,15 +81,20 @@ def resize(lora: LoraFile, rank: int) -> Approximation:
     """Return the best adapters of another rank; the effective update ``scale * B A`` is what is approximated.
 
     Growing keeps the update exactly. Alpha becomes the rank (scale 1), dtype stays.
+
+    Raises:
+        CheckpointError: values that are not finite.
+        ConfigError: a rank that is not positive.
     """
     _check_rank(rank)
     adapters, energy = {}, {}
     for mm, adapter in lora.adapters.items():
+        _check_finite(mm, adapter.up, adapter.down)
         # B A = Qb (Rb Ra^T) Qa^T: the decomposition of a rank x rank matrix instead of an out x in one.
         qb, rb = torch.linalg.qr(adapter.up.double() * adapter.scale)
         qa, ra = torch.linalg.qr(adapter.down.double().T)
         u, s, vt = torch.linalg.svd(rb @ ra.T)
-        resized = _factors(qb @ u, s, vt @ qa.T, min(rank, adapter.rank))
+        resized = _factors(qb @ u, s, vt @ qa.T, min(rank, len(s)))
         adapters[mm] = _padded(resized, rank, adapter.up.dtype)
         energy[mm] = _share(s, rank)
     return Approximation(replace(lora, adapters=adapters), energy)
@@ -96,6 +103,11 @@ def resize(lora: LoraFile, rank: int) -> Approximation:
 def _check_rank(rank: int) -> None:
     if rank < 1:
         raise ConfigError(f"lora rank {rank} is not positive")
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise CheckpointError(f"{name} holds values that are not finite", fix="download or save the weights again")
 
 
 def approximate(delta: Tensor, rank: int) -> tuple[Adapter, float]:

@@ -23,10 +23,11 @@ from torch import Tensor
 from mindspeed_wan.checkpoint.manifest import disk_error, hash_file, write_text_atomic
 from mindspeed_wan.errors import CheckpointError
 from mindspeed_wan.lora.block_parity import block_parity
+from mindspeed_wan.lora.expert import expert_of
 from mindspeed_wan.lora.formats import LoraFile, read_lora
 from mindspeed_wan.lora.formats.reader import find_file
 from mindspeed_wan.lora.merge import MergeLoss, change_of_rows, row_chunks, touched_parameters
-from mindspeed_wan.lora.spec import guess_expert, linear_modules
+from mindspeed_wan.lora.spec import linear_modules
 from mindspeed_wan.models.wan.config import WanConfig
 
 MERGE_TOLERANCE = 1e-3
@@ -191,7 +192,7 @@ def _check_structure(
 ) -> None:
     started = time.monotonic()
     alphas = Counter(adapter.alpha for adapter in lora.adapters.values())
-    named = guess_expert(Path(path).name) or guess_expert(" ".join(lora.metadata.values()))
+    named = expert_of(lora.metadata, path)
     tensors = 2 * len(lora.adapters) + len(lora.diffs) + (len(lora.adapters) if lora.alpha_source == "stored" else 0)
     values = lora.num_values + (len(lora.adapters) if lora.alpha_source == "stored" else 0)
     report.structure = {
@@ -203,7 +204,8 @@ def _check_structure(
     }
     problems = _holes(lora, config)
     if expect.expert and named and named != expect.expert:
-        problems.append(f"the name says it is for the {named}-noise expert, not for the {expect.expert}-noise expert")
+        problems.append(f"its metadata or name says it is for the {named}-noise expert, not for the {expect.expert}-"
+                        "noise expert")
     if expect.reward:
         problems += _not_the_reward_lora(report.structure)
     warnings = []

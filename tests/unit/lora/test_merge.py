@@ -250,6 +250,28 @@ def test_resizing(rank: int) -> None:
         assert done.energy[mm] == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), abs=1e-6)
 
 
+def test_a_rank_above_the_matrix_is_resized(tmp_path: Path) -> None:
+    lora = random_lora(targets=("q",), rank=60)  # of a matrix of 48 x 48
+    for rank in (52, 64, 8):
+        resized = resize(lora, rank).lora.adapters["blocks.0.self_attn.proj_q"]
+        u, s, vt = torch.linalg.svd(lora.adapters["blocks.0.self_attn.proj_q"].delta().double())
+        assert resized.rank == rank
+        assert torch.allclose(resized.delta().double(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    lora = random_lora()
+    lora.adapters["blocks.1.ffn.0"].up[3, 1] = value
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.0 holds values that are not finite"):
+        resize(lora, 2)
+    weights = random_weights()
+    changed = {**weights, "blocks.1.ffn.0.weight": torch.full_like(weights["blocks.1.ffn.0.weight"], value)}
+    base, tuned = expert(tmp_path / "base", weights), expert(tmp_path / "tuned", changed)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.0\.weight holds values that are not finite"):
+        extract(base, tuned, TINY, rank=2)
+
+
 def test_resize_keeps_dtype_and_refuses_nothing_ranks() -> None:
     assert resize(random_lora(dtype=torch.bfloat16), 2).lora.adapters["blocks.0.ffn.0"].up.dtype == torch.bfloat16
     with pytest.raises(ConfigError):

@@ -8,7 +8,6 @@ from mindspeed_wan.errors import ConfigError
 from mindspeed_wan.lora.spec import (
     DEFAULT_TARGETS,
     LoraSpec,
-    guess_expert,
     legal_targets,
     linear_modules,
     match_targets,
@@ -122,14 +121,3 @@ def test_ranks_and_scales() -> None:
 def test_bad_specs(make) -> None:
     with pytest.raises(ConfigError):
         make()
-
-
-@pytest.mark.parametrize(
-    ("name", "expert"),
-    [("Wan2.2-Fun-A14B-InP-high-noise-HPS2.1.safetensors", "high"), ("wan2.2_i2v_A14b_low_noise_lora_rank64", "low"),
-     ("HighNoise_lora.safetensors", "high"), ("slow_motion.safetensors", None), ("highlands.safetensors", None),
-     ("high_and_low.safetensors", None), ("runs/transformer_2/pytorch_lora_weights.safetensors", "low"),
-     ("lora.safetensors", None)],
-)
-def test_expert_from_a_name(name: str, expert: str | None) -> None:
-    assert guess_expert(name) == expert
