@@ -53,40 +53,6 @@ class TextContext:
 
     blocks: tuple[TextKV, ...]
 
-    @property
-    def batch(self) -> int:
-        """Prompts in here."""
-        return self.blocks[0].key.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held on the device."""
-        return sum(t.numel() * t.element_size() for kv in self.blocks for t in kv if t is not None)
-
-    def to(self, device: torch.device) -> TextContext:
-        """Return a copy on ``device``."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def expand(self, batch: int) -> TextContext:
-        """Return a view of one prompt for ``batch`` samples."""
-        return self._map(lambda t: t.expand(-1, batch, -1, -1))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> TextContext:
-        return TextContext(
-            tuple(TextKV._make(None if t is None else function(t) for t in kv) for kv in self.blocks)
-        )
-
-    @staticmethod
-    def cat(contexts: list[TextContext]) -> TextContext:
-        """Return one context with the prompts of all (conditional and unconditional in one batch)."""
-        blocks = zip(*(context.blocks for context in contexts))
-        return TextContext(tuple(TextKV._make(map(_cat_batch, zip(*kvs))) for kvs in blocks))
-
-
-def _cat_batch(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
-    present = [t for t in tensors if t is not None]
-    return torch.cat(present, dim=1) if present else None
-
 
 class Head(nn.Module):
     """Two-way modulated norm and the projection to patches, all in fp32."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mindspeed_wan.errors import ConfigError, DataError
 from mindspeed_wan.models.wan.config import WanConfig
-from mindspeed_wan.models.wan.model import TextContext, WanDiT
+from mindspeed_wan.models.wan.model import WanDiT
 from mindspeed_wan.models.wan.param_map import parameter_table
 from tests.helpers.oracle import TINY, Batch, diffusers_model, mm_state_dict, random_batch, relative_error
 
@@ -87,11 +87,9 @@ def test_a_text_context_gives_the_same_bits(config: WanConfig) -> None:
         context = model.encode_text(batch.text, batch.image_embeds)
         cached = model(batch.latents, batch.timestep, text_context=context)
         halves = [[None if t is None else t[i : i + 1] for t in (batch.text, batch.image_embeds)] for i in range(2)]
-        one_by_one = TextContext.cat([model.encode_text(*half) for half in halves])
-    assert context.batch == one_by_one.batch == 2
+        one_by_one = torch.cat([model.encode_text(*half).blocks[1].key for half in halves], dim=1)
     assert torch.equal(cached, direct)
-    torch.testing.assert_close(one_by_one.blocks[1].key, context.blocks[1].key)
-    assert context.nbytes == config.num_layers * sum(t.nbytes for t in context.blocks[0] if t is not None)
+    torch.testing.assert_close(one_by_one, context.blocks[1].key)
 
 
 def test_fp32_islands_and_residual_under_bf16() -> None:
