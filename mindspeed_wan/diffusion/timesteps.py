@@ -22,7 +22,6 @@ from mindspeed_wan.errors import ConfigError
 NUM_TRAIN_TIMESTEPS = 1000
 """``t = NUM_TRAIN_TIMESTEPS * sigma``, and the number of indices of MM's and DiffSynth's training grid."""
 
-ExpertRange = Literal["high", "low", "full"]
 Density = Literal["uniform", "logit_normal"]
 Grid = Literal["continuous", "index"]
 Number = TypeVar("Number", float, Tensor)
@@ -55,23 +54,6 @@ class SigmaRange:
     def contains(self, sigma: float) -> bool:
         """Tell whether ``sigma`` belongs to this range."""
         return self.low <= sigma < self.high or (sigma == self.high == 1.0)
-
-
-def expert_range(expert: ExpertRange, boundary: float | None) -> SigmaRange:
-    """Return the range of ``expert``: high owns [boundary, 1], low [0, boundary), full everything.
-
-    ``boundary`` is the sigma at which the experts change (0.875 T2V, 0.900 I2V); ``None`` only with ``full``.
-    """
-    if expert == "full":
-        return SigmaRange(0.0, 1.0)
-    if expert not in ("high", "low"):
-        raise ConfigError(f"expert is {expert!r}", fix="use high, low or full")
-    if boundary is None or not 0.0 < boundary < 1.0:
-        raise ConfigError(
-            f"expert {expert!r} needs a boundary between 0 and 1, got {boundary}",
-            fix="0.875 for T2V, 0.900 for I2V, or expert 'full' for a model with one DiT",
-        )
-    return SigmaRange(boundary, 1.0) if expert == "high" else SigmaRange(0.0, boundary)
 
 
 # ---- MindSpeed-MM's and DiffSynth's index grid ------------------------------------------------------------------

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mindspeed_wan.diffusion import timesteps as ts
-from mindspeed_wan.diffusion.timesteps import SigmaDistribution, SigmaRange, expert_range
+from mindspeed_wan.diffusion.timesteps import SigmaDistribution, SigmaRange
 from mindspeed_wan.errors import ConfigError
+from tests.unit.diffusion.toy import expert_range
 
 EXPERTS = [("high", 0.875), ("low", 0.875), ("high", 0.900), ("low", 0.900), ("full", None)]
 
@@ -133,7 +134,6 @@ def test_no_draw_leaves_its_expert(boundary: float, shift: float, uniform: float
 @pytest.mark.parametrize(
     "make",
     [lambda: SigmaRange(0.9, 0.1), lambda: SigmaRange(-0.1, 0.5), lambda: SigmaRange(0.5, 1.1),
-     lambda: expert_range("high", None), lambda: expert_range("high", 1.0), lambda: expert_range("middle", 0.9),
      lambda: SigmaDistribution(SigmaRange(0, 1), 0.0), lambda: SigmaDistribution(SigmaRange(0, 1), 5.0, "beta"),
      lambda: SigmaDistribution(SigmaRange(0, 1), 5.0, grid="lattice"),
      lambda: SigmaDistribution(SigmaRange(0, 1), 5.0, "logit_normal", logit_std=0.0),

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from mindspeed_wan.diffusion.timesteps import SigmaDistribution, expert_range, index_range, index_to_sigma
+from mindspeed_wan.diffusion.timesteps import SigmaDistribution, index_range, index_to_sigma
 from mindspeed_wan.diffusion.weighting import SCHEMES, loss_weight
 from mindspeed_wan.errors import ConfigError
+from tests.unit.diffusion.toy import expert_range
 
 
 def diffsynth_weights() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,12 @@
-"""Velocity fields with known properties, for solver tests."""
+"""Velocity fields with known properties for solver tests, and the experts' ranges."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mindspeed_wan.config.expert_range import from_boundary
+from mindspeed_wan.diffusion.timesteps import SigmaRange
 
 
 def bent(x: Tensor, t: Tensor, step: int) -> Tensor:
@@ -20,3 +23,11 @@ def noise(dtype: torch.dtype = torch.float64) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 distance."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def expert_range(expert: str, boundary: float | None) -> SigmaRange:
+    """Return the sigmas of ``high``, ``low`` or ``full``, as ``config.expert_range`` gives them to training."""
+    if boundary is None:
+        return SigmaRange(0.0, 1.0)
+    found = from_boundary(expert, boundary)
+    return SigmaRange(found.low, found.high)
