@@ -277,10 +277,12 @@ def _locked(target: Path) -> Iterator[None]:
             stream.seek(0)
             raise ConfigError(f"another conversion writes this target ({stream.read().strip() or 'just started'})",
                               where=str(target), fix="wait for it to end") from None
-        stream.truncate(0)
-        stream.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
-        stream.flush()
         try:
+            try:
+                stream.truncate(0)
+                os.write(stream.fileno(), f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
+            except OSError as error:
+                raise disk_error(error, path) from None
             yield
         finally:
             path.unlink(missing_ok=True)

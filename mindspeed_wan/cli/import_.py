@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindspeed_wan.checkpoint.manifest import write_text_atomic
 from mindspeed_wan.cli import diffsynth, videox
 from mindspeed_wan.cli.import_job import STEPS, Job, architecture
 from mindspeed_wan.errors import ConfigError
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
              "data.json": json.dumps(data_file(job), indent=4) + "\n", "fsdp2.yaml": FSDP2,
              "train.sh": launcher(job, steps)}
     for name, text in files.items():
-        (args.out / name).write_text(text, encoding="utf-8")
+        write_text_atomic(args.out / name, text)
     (args.out / "train.sh").chmod(0o755)
     what = f"LoRA of rank {job.lora['r']}" if job.lora else "full fine-tuning"
     print(f"{what} of the {job.expert.expert}-noise expert of Wan2.2 {job.task.upper()} A14B from {job.weights}")

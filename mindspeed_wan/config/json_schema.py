@@ -7,6 +7,7 @@ those of all files, the cluster description's included; docs/editors.md tells an
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mindspeed_wan.config.fsdp2_file import Fsdp2File
 from mindspeed_wan.config.mm_files import DataFile, ModelFile
 from mindspeed_wan.config.schema import RunConfig
 from mindspeed_wan.config.validate import SCHEMA_KEY
+from mindspeed_wan.errors import ResourceError
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FILES: dict[str, tuple[type[BaseModel], str]] = {
@@ -41,8 +43,19 @@ def schema_text(kind: type[BaseModel], title: str) -> str:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a generated file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write a generated file whole or not at all.
+
+    Raises:
+        ResourceError: nothing can be written there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot write: {error.strerror}", where=str(path),
+                            fix="free some space, or choose a folder that you can write to") from None

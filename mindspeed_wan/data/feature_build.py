@@ -49,6 +49,7 @@ class WanEncoders:
     """VAE and UMT5 on one device."""
 
     def __init__(self, choice: EncoderChoice, device: torch.device | str) -> None:
+        assert choice.vae is not None and choice.text_encoder is not None  # encoder_choice refuses this
         tiling = Tiling(*choice.tiling) if choice.tiling else None
         self.choice = choice
         self.vae = WanVAE.from_pretrained(choice.vae, DTYPES[choice.vae_dtype], device, tiling=tiling)
@@ -258,8 +259,13 @@ def _create_claim(path: Path) -> bool:
         return False
     except OSError as error:
         raise feature_cache.disk_error(error, path) from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}")
+    try:
+        os.write(descriptor, f"{socket.gethostname()} {os.getpid()} {_birth(os.getpid())}".encode())
+    except OSError as error:
+        path.unlink(missing_ok=True)  # a claim of nobody would keep everybody waiting
+        raise feature_cache.disk_error(error, path) from None
+    finally:
+        os.close(descriptor)
     return True
 
 

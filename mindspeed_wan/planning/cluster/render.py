@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindspeed_wan.checkpoint.manifest import write_text_atomic
 from mindspeed_wan.planning.cluster.kubernetes import ascend_job, pytorch_job, volcano_job
 from mindspeed_wan.planning.cluster.modelarts import training_job
 from mindspeed_wan.planning.cluster.slurm import sbatch
@@ -56,7 +56,5 @@ def render(spec: ClusterSpec, target: str, folder: Path) -> Path:
     text = chosen.text(spec)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / chosen.file
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_atomic(path, text)
     return path

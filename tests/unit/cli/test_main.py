@@ -9,7 +9,16 @@ import pytest
 
 from mindspeed_wan import __version__
 from mindspeed_wan.cli import main
-from mindspeed_wan.errors import ConfigError
+from mindspeed_wan.errors import ConfigError, ResourceError
+from tests.faults.saves import file_size_limit
+from tests.helpers.world import REPOSITORY
+
+SPEC = str(REPOSITORY / "examples" / "wan2.2" / "cluster" / "cluster.yaml")
+MODEL = "Wan-AI/Wan2.2-T2V-A14B"
+DIFFSYNTH = ["accelerate", "launch", "train.py", "--dataset_base_path", "data", "--dataset_metadata_path", "m.csv",
+             "--height", "480", "--width", "832", "--num_frames", "49", "--max_timestep_boundary", "0.417",
+             "--trainable_models", "dit", "--output_path", "out", "--model_id_with_origin_paths",
+             f"{MODEL}:high_noise_model/diffusion_pytorch_model*.safetensors,{MODEL}:Wan2.1_VAE.pth"]
 
 
 def command(*arguments):
@@ -72,6 +81,19 @@ def test_a_wrong_option_is_one_error_with_the_nearest_name(words, message):
     with pytest.raises(ConfigError) as caught:
         main.dispatch(words)
     assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(("words", "count"), [
+    (["schema", "OUT"], 6), (["cluster", "render", "--target", "all", "--out", "OUT", "--spec", SPEC], 5),
+    (["import", "diffsynth", "--out", "OUT", "--", *DIFFSYNTH], 4),
+])
+def test_a_full_disk_leaves_the_old_files_whole(words, count, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main.dispatch(words)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "OUT").iterdir()}
+    with file_size_limit(100), pytest.raises(ResourceError, match="OUT/.*cannot write: File too large"):
+        main.dispatch(words)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "OUT").iterdir()} == before and len(before) == count
 
 
 def test_every_offered_command_describes_its_options(capsys):

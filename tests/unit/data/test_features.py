@@ -27,6 +27,7 @@ from mindspeed_wan.data.plan import ClipSettings
 from mindspeed_wan.data.sampler import GlobalBatchSampler
 from mindspeed_wan.errors import CheckpointError, ConfigError, DataError, ResourceError
 from mindspeed_wan.models.vae import unit_range
+from tests.faults.saves import file_size_limit
 from tests.helpers.tiny import tiny_clips, tiny_pipeline_folder
 
 SETTINGS = ClipSettings(num_frames=9, max_height=32, max_width=48, caption_dropout=0.3)
@@ -250,6 +251,14 @@ def test_claims_of_the_dead_are_taken_over(tmp_path, claim, age, taken):
     assert report.is_complete == taken and path.exists() != taken
 
 
+def test_a_full_disk_leaves_no_claim_that_others_would_wait_for(tmp_path):
+    out = tmp_path / "c"
+    claim = feature_build._claim(out / "x")
+    with file_size_limit(0), pytest.raises(ResourceError, match=r"\.claim: cannot write"), claim:
+        pytest.fail("claimed")
+    assert list(out.iterdir()) == []
+
+
 def test_a_torn_shard_is_built_again(tmp_path):
     out = tmp_path / "c"
     build(out, clips(tiny_clips()))
@@ -280,6 +289,7 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
         Path(args[1]).write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
+    tiny_pipeline_folder()  # written once, by the same function
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(ResourceError, match="No space left"):
         build(tmp_path / "c", clips(tiny_clips()))
@@ -310,7 +320,21 @@ def test_a_cache_of_something_else_is_refused(cache, what, message):
 def test_the_same_cache_is_accepted(cache):
     dataset = FeatureDataset(cache)
     dataset.check(SETTINGS, "t2v", choice())
-    dataset.check(replace(SETTINGS, caption_dropout=0.0, reader="pyav"), "t2v", None)
+    away = choice(Path("/nowhere"))  # a machine without the encoders
+    dataset.check(replace(SETTINGS, caption_dropout=0.0, reader="pyav"), "t2v", away)
+    dataset.check(SETTINGS, "t2v", EncoderChoice(vae=None, text_encoder=None, vae_dtype="bf16", max_length=77))
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes", "message"),
+    [("text_encoder", {"vae": str(tiny_pipeline_folder(seed=9) / "vae")}, "weights of the vae"),
+     ("vae", {"text_encoder": str(tiny_pipeline_folder(seed=9) / "text_encoder")}, "weights of the text_encoder"),
+     ("vae", {"vae_dtype": "bf16", "text_encoder": "/nowhere"}, "vae_dtype: fp32 -> bf16"),
+     ("text_encoder", {"max_length": 226, "vae": "/nowhere"}, "max_length: 512 -> 226")],
+)
+def test_what_is_known_is_compared_although_an_encoder_is_not_here(cache, missing, changes, message):
+    with pytest.raises(DataError, match=message):
+        FeatureDataset(cache).check(SETTINGS, "t2v", choice(**{missing: "/nowhere", **changes}))
 
 
 def test_building_into_another_cache_is_refused(cache):
@@ -407,6 +431,9 @@ def test_damaged_mm_folders_are_named(tmp_path, damage, message, monkeypatch):
         ({"x": torch.zeros(1)}, "has no latents"),
         ({"video": torch.zeros(3, 4)}, "expected 4 dimensions"),
         ({"video": _Canary()}, "cannot be read"),
+        ({"video": torch.zeros(48, 3, 8, 12), "prompt_ids": torch.zeros(3, 32)}, "48 channels, the model reads 16"),
+        ({"video": torch.zeros(16, 3, 8, 12), "prompt_ids": torch.zeros(3, 64)}, "64 channels, the model reads 32"),
+        ({"video": torch.zeros(16, 3, 8, 12)}, "has no text states"),
     ],
 )
 def test_bad_mm_files_are_counted_like_bad_clips(tmp_path, content, message, monkeypatch):
@@ -414,7 +441,7 @@ def test_bad_mm_files_are_counted_like_bad_clips(tmp_path, content, message, mon
     path = _mm_folder(tmp_path / "f")
     file = tmp_path / "f" / "features" / "1.pt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-    dataset = MMFeatureDataset(path)
+    dataset = MMFeatureDataset(path, channels=16, text_width=32)
     assert len(dataset) == 3 and [record.where for record, _ in dataset.unreadable] == [f"{path}:2"]
     assert message in dataset.unreadable[0][1]
     data = OpenedData(dataset, GlobalBatchSampler(3, 0), unreadable=dataset.unreadable)
@@ -422,6 +449,17 @@ def test_bad_mm_files_are_counted_like_bad_clips(tmp_path, content, message, mon
     with pytest.raises(DataError, match="1 of 4 clips cannot be read"):
         data.bad_sample_log(None, 0.2)
     assert not (tmp_path / "canary").exists()
+
+
+def test_mm_features_of_another_task_are_refused_at_the_start(tmp_path):
+    with pytest.raises(DataError, match="none of the 4 files can be read.*no i2v_vae_feature"):
+        MMFeatureDataset(_mm_folder(tmp_path / "t2v"), task="i2v")
+    path = _mm_folder(tmp_path / "i2v", i2v=True)
+    assert MMFeatureDataset(path, task="t2v")[(0, 1)].condition is None
+    other = torch.load(path.parent / "features" / "2.pt")
+    torch.save({**other, "i2v_vae_feature": torch.zeros(1, 20, 5, 8, 12)}, path.parent / "features" / "2.pt")
+    (record, reason), = MMFeatureDataset(path, task="i2v").unreadable
+    assert record.where == f"{path}:3" and "i2v_vae_feature has shape [20, 5, 8, 12]" in reason
 
 
 def test_bad_mm_features_are_replaced(tmp_path):
