@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mindspeed_wan.config.schema import RunConfig
     from mindspeed_wan.data.bad_samples import BadSampleLog
     from mindspeed_wan.data.feature_build import BuildReport
 
@@ -54,6 +55,7 @@ def _build(args: argparse.Namespace) -> int:
     if config.data.kind != "video":
         raise ConfigError("this data file already names features", where=str(args.mm_data),
                           fix="give the one with dataset_type t2v, which names the clips")
+    _check_cacheable(config, args.mm_model)
     report, log = _encode(args, config)
     print(f"encoded {report.samples} clips in {report.shards} shards, kept {report.kept} "
           f"({report.seconds:.1f} s)", flush=True)
@@ -63,7 +65,20 @@ def _build(args: argparse.Namespace) -> int:
     return _summary(args, log)
 
 
-def _encode(args: argparse.Namespace, config: Any) -> tuple[BuildReport, BadSampleLog]:
+def _check_cacheable(config: RunConfig, model_file: Path) -> None:
+    """Refuse before hours of encoding what training would refuse after it."""
+    from mindspeed_wan.config.rules_model import image_side_fits
+    from mindspeed_wan.errors import ConfigError
+
+    if config.model.vae.do_sample:
+        raise ConfigError("do_sample draws new latents each time; cached features hold one", where=str(model_file),
+                          fix="set do_sample to false, or train without a cache")
+    model = config.model.model_copy(update={"load_video_features": True, "load_text_features": True})
+    for error in image_side_fits(config.model_copy(update={"model": model}), None):
+        raise ConfigError(error.message, where=str(model_file), fix="train this model without a cache")
+
+
+def _encode(args: argparse.Namespace, config: RunConfig) -> tuple[BuildReport, BadSampleLog]:
     """Do this process's share; returns what it did, and the clips that could not be read at the start."""
     from tqdm import tqdm
 
@@ -78,7 +93,6 @@ def _encode(args: argparse.Namespace, config: Any) -> tuple[BuildReport, BadSamp
     print("\n".join([*clips.describe(1), *(f"  bad: {record.where}: {reason}" for record, reason in clips.unreadable)]),
           flush=True)
     choice = encoder_choice(config)
-    assert choice is not None  # encoder_choice raises when an encoder is missing
     known = read_identity(args.out) if (args.out / IDENTITY_FILE).is_file() else None
     dataset: Any = clips.dataset
     identity = make_identity(config.model.task, dataset.settings, args.seed, args.variants, choice, known)

@@ -150,31 +150,34 @@ def open_features(config: RunConfig) -> OpenedData:
             raise DataError("cfg (caption dropout) needs the states of the empty caption, which this folder lacks",
                             where=str(path), fix="set cfg to 0, or use mindspeed-wan features build")
         folder = Path(section.data_folder) if section.data_folder else None
-        mm_dataset = MMFeatureDataset(path, folder, task=config.model.task, seed=seed)
+        wan = config.model.wan
+        mm_dataset = MMFeatureDataset(path, folder, task=config.model.task, seed=seed, channels=wan.out_channels,
+                                      text_width=wan.text_dim)
         return OpenedData(mm_dataset, _order(mm_dataset, section, seed), unreadable=mm_dataset.unreadable)
     dataset = FeatureDataset(path.parent if path.name == "cache.json" else path, seed=seed,
                              caption_dropout=section.caption_dropout)
     dataset.check(clip_settings(section), config.model.task, encoder_choice(config, must_exist=False))
+    if dataset.text_width != (wanted := config.model.wan.text_dim):
+        raise DataError(f"the cached text states have {dataset.text_width} channels, the model reads {wanted}",
+                        where=str(path), fix="build the cache with the model's encoders")
     dataset.check_clips()
     return OpenedData(dataset, _order(dataset, section, seed))
 
 
-def encoder_choice(config: RunConfig, *, must_exist: bool = True) -> EncoderChoice | None:
-    """Return the encoders that the model file names; ``None`` when one is not on this machine.
+def encoder_choice(config: RunConfig, *, must_exist: bool = True) -> EncoderChoice:
+    """Return the encoders that the model file names, and how it runs them.
 
     Raises:
         DataError: one is not named or not there, and ``must_exist``.
     """
     vae, text = config.model.vae, config.model.text_encoder
     for name, path in (("ae", vae.path), ("text_encoder", text.path)):
-        if path is None or not Path(path).exists():
-            if not must_exist:
-                return None
+        if must_exist and (path is None or not Path(path).exists()):
             raise DataError(f"{name}.from_pretrained is {path!r}, which does not exist",
                             fix="give the encoder's folder in the model file")
     tiling = (*vae.tile_size, *vae.tile_stride) if vae.tiling else None
     return EncoderChoice(
-        vae=str(vae.path), text_encoder=str(text.path), tokenizer=text.tokenizer_path, vae_dtype=vae.dtype,
+        vae=vae.path, text_encoder=text.path, tokenizer=text.tokenizer_path, vae_dtype=vae.dtype,
         text_dtype=text.dtype, tiling=tiling, max_length=text.max_length,
         clean_captions=config.data.clean_captions,
     )

@@ -46,10 +46,10 @@ _READER_FIELDS = ("reader", "caption_dropout")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
-    """Which encoders make the features, and how they run."""
+    """Which encoders make the features, and how they run; ``None`` for one that nobody names."""
 
-    vae: str
-    text_encoder: str
+    vae: str | None
+    text_encoder: str | None
     tokenizer: str | None = None
     vae_dtype: str = "fp32"
     text_dtype: str = "bf16"
@@ -58,17 +58,22 @@ class EncoderChoice:
     clean_captions: bool = True
 
     def weights(self, known: Mapping[str, Sequence[FileIdentity]] | None = None) -> dict[str, list[FileIdentity]]:
-        """Hash the weight files; those that ``known`` lists with the same size and time are not read again."""
-        known = known or {}
-        return {
-            "vae": identify(vae_files(self.vae), known.get("vae", ())),
-            "text_encoder": identify(text_encoder_files(self.text_encoder), known.get("text_encoder", ())),
-        }
+        """Hash the weight files; those that ``known`` lists with the same size and time are not read again.
+
+        Encoders that are not on this machine are left out.
+        """
+        known, found = known or {}, {}
+        encoders = (("vae", self.vae, vae_files), ("text_encoder", self.text_encoder, text_encoder_files))
+        for name, path, files in encoders:
+            if path is not None and Path(path).exists():
+                found[name] = identify(files(path), known.get(name, ()))
+        return found
 
     def options(self) -> dict[str, Any]:
-        """Return what besides the weights decides the features."""
-        return {"vae_dtype": self.vae_dtype, "text_dtype": self.text_dtype, "max_length": self.max_length,
-                "tiling": list(self.tiling) if self.tiling else None, "clean_captions": self.clean_captions}
+        """Return what besides the weights decides the features, of the encoders that are named."""
+        vae = {"vae_dtype": self.vae_dtype, "tiling": list(self.tiling) if self.tiling else None}
+        text = {"text_dtype": self.text_dtype, "max_length": self.max_length, "clean_captions": self.clean_captions}
+        return {**(vae if self.vae is not None else {}), **(text if self.text_encoder is not None else {})}
 
 
 @dataclass(frozen=True)

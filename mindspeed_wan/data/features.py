@@ -114,26 +114,30 @@ class FeatureDataset(KeyedDataset):
             paths=tuple(sample.path for sample in samples),
         )
 
-    def check(self, settings: ClipSettings, task: str, encoders: EncoderChoice | None) -> None:
+    def check(self, settings: ClipSettings, task: str, encoders: EncoderChoice) -> None:
         """Refuse a cache that was made from something else than this run would make.
 
         Args:
             settings: of the run.
             task: of the run.
-            encoders: of the run; ``None`` when they are not on this machine.
+            encoders: of the run; weights that are not on this machine are not compared.
 
         Raises:
             DataError: names every difference.
         """
-        weights, options = self.identity.weights, self.identity.options
-        if encoders is not None:
-            weights, options = encoders.weights(weights), encoders.options()
+        weights = {**self.identity.weights, **encoders.weights(self.identity.weights)}
+        options = {**self.identity.options, **encoders.options()}
         mine = Identity(task, feature_cache.settings_fields(settings), self.identity.seed, self.identity.variants,
                         options, weights)
         found = self.identity.differences(mine)
         if found:
             raise DataError(f"the cache was made differently from what this run asks for ({'; '.join(found)})",
                             where=str(self.folder), fix="build it again, or give the settings it was made with")
+
+    @property
+    def text_width(self) -> int:
+        """Channels of the text states."""
+        return self._empty_text().shape[-1]
 
     def check_clips(self) -> None:
         """Refuse a cache whose clips have changed since; one ``stat`` a clip (a changed time makes it hash the file).

@@ -42,6 +42,7 @@ class MMFeatureDataset(KeyedDataset):
         data_path: its ``data.jsonl``.
         data_folder: what file names are joined to; ``None`` takes the folder of ``data_path``.
         task: ``i2v`` also wants the condition.
+        channels, text_width: of the latents and text states that the model reads; ``None`` takes any.
         seed: of replacements. A caption cannot be dropped: the folder has no states of the empty caption.
 
     Attributes:
@@ -51,8 +52,9 @@ class MMFeatureDataset(KeyedDataset):
         DataError: rows without a file, files that are missing (all are listed), or none that can be read.
     """
 
-    def __init__(self, data_path: Path, data_folder: Path | None = None, *, task: str = "t2v", seed: int = 0) -> None:
-        self.task = task
+    def __init__(self, data_path: Path, data_folder: Path | None = None, *, task: str = "t2v", seed: int = 0,
+                 channels: int | None = None, text_width: int | None = None) -> None:
+        self.task, self.channels, self.text_width = task, channels, text_width
         problems = Problems()
         rows = _read_rows(data_path, data_folder or data_path.parent, problems)
         problems.raise_if_any()
@@ -62,7 +64,7 @@ class MMFeatureDataset(KeyedDataset):
         self.unreadable: list[tuple[ClipRecord, str]] = []
         shapes: list[Shape] = []
         with ThreadPoolExecutor(_THREADS) as pool:
-            for record, shape in zip(rows, pool.map(lambda record: _shape_of(record.path), rows)):
+            for record, shape in zip(rows, pool.map(lambda record: self._shape_of(record.path), rows)):
                 if isinstance(shape, str):
                     self.unreadable.append((record, shape))
                 else:
@@ -87,26 +89,38 @@ class MMFeatureDataset(KeyedDataset):
 
     def _sample(self, epoch: int, index: int, source: int, bad: tuple[BadSample, ...]) -> FeatureSample:
         file = self.records[source].path
-        content = read_features(file)
-        latents = _wanted(content, _LATENTS, 4, "latents", file).float()
+        latents, text, condition = self._tensors(read_features(file), file)
+        latents = latents.float()
         if not bool(torch.isfinite(latents).all()):
             raise DataError("holds values that are not finite", where=str(file))
-        condition = None
-        if self.task == "i2v":
-            # Mask and latents; the mask is the same for every clip and made anew by the training loop.
-            condition = _wanted(content, _CONDITION, 4, "i2v_vae_feature", file)[-16:].float()
-        return FeatureSample(index, epoch, source, latents.clone(), _text(content, file), condition, "", file, bad)
+        return FeatureSample(index, epoch, source, latents.clone(), text.clone(),
+                             None if condition is None else condition.float(), "", file, bad)
+
+    def _tensors(self, content: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return a file's latents, text states and, for I2V, condition latents, all of the sizes the model reads."""
+        latents, text = _wanted(content, _LATENTS, 4, "latents", file), _text(content, file)
+        for what, found, wanted in (("latents", latents.shape[0], self.channels),
+                                    ("text states", text.shape[-1], self.text_width)):
+            if wanted is not None and found != wanted:
+                raise DataError(f"{file}: the {what} have {found} channels, the model reads {wanted}")
+        if self.task != "i2v":
+            return latents, text, None
+        told = _wanted(content, _CONDITION, 4, "i2v_vae_feature", file)
+        # Mask and latents; the mask is the same for every clip and made anew by the training loop.
+        condition = told[-latents.shape[0]:]
+        if condition.shape != latents.shape:
+            raise DataError(f"{file}: i2v_vae_feature has shape {list(told.shape)}, the latents {list(latents.shape)}")
+        return latents, text, condition
+
+    def _shape_of(self, file: Path) -> Shape | str:
+        """Return the pixel shape of a sample (its tensors are mapped, not read), or why it cannot be had."""
+        try:
+            frames, height, width = self._tensors(read_features(file), file)[0].shape[1:]
+        except DataError as error:
+            return error.message
+        return (frames - 1) * 4 + 1, height * 8, width * 8
 
     collate = staticmethod(FeatureDataset.collate)
-
-
-def _shape_of(file: Path) -> Shape | str:
-    """Return the pixel shape of a sample (its tensors are mapped, not read), or why it cannot be had."""
-    try:
-        frames, height, width = _wanted(read_features(file), _LATENTS, 4, "latents", file).shape[1:]
-    except DataError as error:
-        return error.message
-    return (frames - 1) * 4 + 1, height * 8, width * 8
 
 
 def read_features(file: Path) -> Mapping[str, Any]:
@@ -145,9 +159,9 @@ def _wanted(content: Mapping[str, Any], names: Sequence[str], dims: int, what: s
 def _text(content: Mapping[str, Any], file: Path) -> Tensor:
     states = _wanted(content, _TEXT, 2, "text states", file)
     if not any(content.get(name) is not None for name in _MASK):
-        return states.clone()
+        return states
     length = int(_wanted(content, _MASK, 1, "prompt_mask", file).sum())
-    return states[:length].clone()
+    return states[:length]
 
 
 def _read_rows(data_path: Path, folder: Path, problems: Problems) -> list[ClipRecord]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mindspeed_wan.cli import features
-from mindspeed_wan.errors import DataError
+from mindspeed_wan.config.load import load_files
+from mindspeed_wan.data.build import open_data
+from mindspeed_wan.errors import ConfigError, DataError
 from tests.helpers.spawn import run_ranks
 from tests.helpers.world import World, edit_json, losses, make_world, train_rank, write_json
 
@@ -71,6 +73,35 @@ def test_a_stale_cache_is_refused_and_looked_into(tmp_path: Path, capsys: pytest
     shard.write_bytes(raw)
     with pytest.raises(DataError, match="1 tensors are damaged"):
         command("check", str(tmp_path / "cache"))
+
+
+def test_what_no_training_would_read_is_not_encoded(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", num_frames=5, size=(32, 48))
+    model = json.loads((world.files / "model_high.json").read_text())
+    write_json(world.files / "model_high.json", {**model, "ae": {**model["ae"], "do_sample": True}})
+    with pytest.raises(ConfigError, match="do_sample draws new latents"):
+        build_cache(world, tmp_path / "cache")
+    world = make_world(tmp_path / "masks", task="i2v", num_frames=5, size=(32, 48))
+    model = json.loads((world.files / "model_high.json").read_text())
+    processor = {**model["ae"].get("i2v_processor", {}), "conditioning": {"mode": "masks"}}
+    write_json(world.files / "model_high.json", {**model, "ae": {**model["ae"], "i2v_processor": processor}})
+    with pytest.raises(ConfigError, match="masks are drawn while training"):
+        build_cache(world, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_of_another_text_encoder_is_refused_without_it(tmp_path: Path) -> None:
+    """The text encoder is not on the training machine, but its states do not fit the model."""
+    world = make_world(tmp_path / "world", num_frames=5, size=(32, 48))
+    build_cache(world, tmp_path / "cache")
+    feature_flags(world, tmp_path / "cache", tmp_path / "files")
+    model = json.loads((tmp_path / "files" / "model.json").read_text())
+    model["predictor"]["text_dim"] *= 2
+    model["text_encoder"]["from_pretrained"] = str(tmp_path / "nowhere")
+    write_json(tmp_path / "files" / "model.json", model)
+    config = load_files(model=tmp_path / "files" / "model.json", data=tmp_path / "files" / "data.json")
+    with pytest.raises(DataError, match="text states have 32 channels, the model reads 64"):
+        open_data(config)
 
 
 def test_mindspeed_mm_features_train(tmp_path: Path) -> None:
