@@ -19,6 +19,7 @@ from mindspeed_wan.checkpoint import sources as checkpoints
 from mindspeed_wan.config.translate import wan_section
 from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.inference.options import GenerateOptions
+from mindspeed_wan.lora.expert import guess_expert
 from mindspeed_wan.models import original_names
 from mindspeed_wan.models.wan.config import WanConfig
 
@@ -100,12 +101,15 @@ def recognise(options: GenerateOptions) -> ModelFolder:
     _check_text_encoder(parts.text_encoder, config)
     task = _task(config, found, parts, options.task)
     _check_experts(found, config, task, where)
-    trained = _trained_boundary(found, options.boundary)
+    _warn_of_names(parts.experts)
+    boundary = _trained_boundary(found) or parts.boundary
+    if task.endswith("A14B"):
+        _warn_of_another_boundary(boundary, options.boundary)
     files = [*_files(entry.path for entry in found.values()), *_files([parts.vae, parts.text_encoder])]
     return ModelFolder(
         task=task, config=config, experts=found, vae=parts.vae, text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer, image_encoder=parts.image_encoder,
-        boundary=(trained or parts.boundary) if task.endswith("A14B") else None, identity=_identity(files),
+        boundary=boundary if task.endswith("A14B") else None, identity=_identity(files),
     )
 
 
@@ -147,6 +151,9 @@ def _read_diffusers(root: Path) -> _Parts:
         return _read_original(root, {"low": root / "transformer", "high": root / "transformer_2"})
     two = _present(index, "transformer_2")
     boundary = index.get("boundary_ratio")
+    if boundary is not None and not (isinstance(boundary, (int, float)) and 0 < boundary < 1):
+        raise CheckpointError(f"boundary_ratio is {boundary!r}, not a number between 0 and 1",
+                              where=str(root / "model_index.json"), fix="T2V has 0.875, I2V 0.9")
     if boundary is not None and not two:
         raise CheckpointError(f"boundary_ratio is {boundary} but the low-noise expert transformer_2 is missing",
                               where=str(root / "model_index.json"), fix="download the whole folder again")
@@ -315,7 +322,7 @@ def _check_experts(found: dict[str, checkpoints.Found], config: WanConfig, task:
                               fix="name the other expert; both are needed")
 
 
-def _trained_boundary(found: dict[str, checkpoints.Found], asked: float | None) -> float | None:
+def _trained_boundary(found: dict[str, checkpoints.Found]) -> float | None:
     """Return the boundary the experts' cards say they were trained for, ``None`` when they say nothing.
 
     Raises:
@@ -325,12 +332,27 @@ def _trained_boundary(found: dict[str, checkpoints.Found], asked: float | None) 
     if len(set(said.values())) > 1:
         raise CheckpointError(f"the high-noise expert was trained for boundary {said['high']}, the low-noise one for "
                               f"{said['low']}", where=str(found["low"].path), fix="use experts of one training")
-    trained = next(iter(said.values()), None)
-    first = os.environ.get("RANK", "0") == "0"  # the ranks have not met yet
-    if first and trained is not None and asked is not None and abs(trained - asked) > 1e-6:
-        print(f" warning: these experts were trained for boundary {trained}, {asked} is used: sigmas in between go to "
-              "an expert that has not seen them", flush=True)
-    return trained
+    return next(iter(said.values()), None)
+
+
+def _warn_of_another_boundary(trained: float | None, asked: float | None) -> None:
+    if trained is not None and asked is not None and abs(trained - asked) > 1e-6:
+        _warn(f"these experts were trained for boundary {trained}, {asked} is used: sigmas in between go to an expert "
+              "that has not seen them")
+
+
+def _warn_of_names(experts: dict[str, Path]) -> None:
+    """Say so when a file that is given for one expert is called after the other."""
+    for name, path in experts.items():
+        # transformer and transformer_2 mean high and low in Diffusers' folders, and the reverse in VideoX-Fun's.
+        guess = None if path.name.startswith("transformer") else guess_expert(path.name)
+        if guess is not None and guess != name and len(experts) > 1:
+            _warn(f"{path.name} looks like the {guess}-noise expert; it is used as the {name}-noise one")
+
+
+def _warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the ranks have not met yet
+        print(f" warning: {text}", flush=True)
 
 
 def _same_weights(found: dict[str, checkpoints.Found], config: WanConfig) -> bool:

@@ -239,3 +239,30 @@ def test_the_boundary_of_the_training_wins_over_the_folder_and_another_one_is_to
     assert "warning" not in capsys.readouterr().out
     recognise(options(root, boundary=0.875))
     assert "trained for boundary 0.8, 0.875 is used" in capsys.readouterr().out
+
+
+def test_the_boundary_of_a_diffusers_folder_is_checked_and_another_one_is_told(tmp_path, capsys):
+    root = Path(shutil.copytree(tiny_pipeline_folder(), tmp_path / "mit Leerzeichen 模型"))
+    card = json.loads((root / "model_index.json").read_text())
+    for value in ("high", 3, 0, True):
+        (root / "model_index.json").write_text(json.dumps({**card, "boundary_ratio": value}))
+        with pytest.raises(CheckpointError, match="boundary_ratio is"):
+            recognise(options(root))
+    (root / "model_index.json").write_text(json.dumps({**card, "boundary_ratio": 0.6}))
+    assert recognise(options(root)).boundary == 0.6
+    assert "warning" not in capsys.readouterr().out
+    recognise(options(root, boundary=0.875))
+    assert "trained for boundary 0.6, 0.875 is used" in capsys.readouterr().out
+
+
+def test_files_called_after_the_other_expert_are_told(tmp_path, capsys):
+    root = tiny_pipeline_folder()
+    high, low = (tmp_path / f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors" for name in ("high", "low"))
+    for target, folder in ((high, "transformer"), (low, "transformer_2")):
+        shutil.copy(root / folder / "diffusion_pytorch_model.safetensors", target)
+    recognise(options(root, high_noise_ckpt=high, low_noise_ckpt=low))
+    assert "warning" not in capsys.readouterr().out
+    recognise(options(root, high_noise_ckpt=low, low_noise_ckpt=high))
+    told = capsys.readouterr().out
+    assert f"{low.name} looks like the low-noise expert; it is used as the high-noise one" in told
+    assert f"{high.name} looks like the high-noise expert; it is used as the low-noise one" in told
