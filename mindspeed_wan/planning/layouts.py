@@ -275,7 +275,8 @@ def _generations(job: Job, wanted: Search, ranks: tuple[int, int, int], pipeline
             yield Refusal(name, error.message)
             continue
         if wanted.pipefusion:
-            one = one.with_changes(patches=wanted.pipefusion.count(layout), warmup=wanted.pipefusion.warmup)
+            patches = min(wanted.pipefusion.count(layout), one.tokens)
+            one = one.with_changes(patches=patches, warmup=wanted.pipefusion.warmup)
         yield _most_on_device(one, wanted.experts, layout)
 
 
