@@ -152,7 +152,7 @@ def open_features(config: RunConfig) -> OpenedData:
         folder = Path(section.data_folder) if section.data_folder else None
         wan = config.model.wan
         mm_dataset = MMFeatureDataset(path, folder, task=config.model.task, seed=seed, channels=wan.out_channels,
-                                      text_width=wan.text_dim)
+                                      text_width=wan.text_dim, text_length=wan.text_len)
         return OpenedData(mm_dataset, _order(mm_dataset, section, seed), unreadable=mm_dataset.unreadable)
     dataset = FeatureDataset(path.parent if path.name == "cache.json" else path, seed=seed,
                              caption_dropout=section.caption_dropout)

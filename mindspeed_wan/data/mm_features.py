@@ -21,7 +21,7 @@ from torch import Tensor
 from mindspeed_wan.data.bad_samples import BadSample
 from mindspeed_wan.data.dataset import Failure, KeyedDataset, give_up
 from mindspeed_wan.data.features import FeatureDataset, FeatureSample
-from mindspeed_wan.data.plan import Shape
+from mindspeed_wan.data.plan import MODEL_STRIDE, VAE_STRIDE, Shape
 from mindspeed_wan.data.records import ClipRecord, Problems, RowSource
 from mindspeed_wan.data.sampler import Key
 from mindspeed_wan.data.text_files import read_text
@@ -42,7 +42,7 @@ class MMFeatureDataset(KeyedDataset):
         data_path: its ``data.jsonl``.
         data_folder: what file names are joined to; ``None`` takes the folder of ``data_path``.
         task: ``i2v`` also wants the condition.
-        channels, text_width: of the latents and text states that the model reads; ``None`` takes any.
+        channels, text_width, text_length: of the latents and text states that the model reads; ``None`` takes any.
         seed: of replacements. A caption cannot be dropped: the folder has no states of the empty caption.
 
     Attributes:
@@ -53,8 +53,8 @@ class MMFeatureDataset(KeyedDataset):
     """
 
     def __init__(self, data_path: Path, data_folder: Path | None = None, *, task: str = "t2v", seed: int = 0,
-                 channels: int | None = None, text_width: int | None = None) -> None:
-        self.task, self.channels, self.text_width = task, channels, text_width
+                 channels: int | None = None, text_width: int | None = None, text_length: int | None = None) -> None:
+        self.task, self.channels, self.text_width, self.text_length = task, channels, text_width, text_length
         problems = Problems()
         rows = _read_rows(data_path, data_folder or data_path.parent, problems)
         problems.raise_if_any()
@@ -90,10 +90,10 @@ class MMFeatureDataset(KeyedDataset):
     def _sample(self, epoch: int, index: int, source: int, bad: tuple[BadSample, ...]) -> FeatureSample:
         file = self.records[source].path
         latents, text, condition = self._tensors(read_features(file), file)
-        latents = latents.float()
-        if not bool(torch.isfinite(latents).all()):
-            raise DataError("holds values that are not finite", where=str(file))
-        return FeatureSample(index, epoch, source, latents.clone(), text.clone(),
+        for tensor in (latents, text, condition):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise DataError("holds values that are not finite", where=str(file))
+        return FeatureSample(index, epoch, source, latents.float().clone(), text.clone(),
                              None if condition is None else condition.float(), "", file, bad)
 
     def _tensors(self, content: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -103,6 +103,12 @@ class MMFeatureDataset(KeyedDataset):
                                     ("text states", text.shape[-1], self.text_width)):
             if wanted is not None and found != wanted:
                 raise DataError(f"{file}: the {what} have {found} channels, the model reads {wanted}")
+        if self.text_length is not None and len(text) > self.text_length:
+            raise DataError(f"{file}: {len(text)} text states, the model reads {self.text_length}")
+        frames, height, width = latents.shape[1:]
+        if not frames or height * VAE_STRIDE % MODEL_STRIDE or width * VAE_STRIDE % MODEL_STRIDE:
+            raise DataError(f"{file}: latents of {frames}x{height}x{width}: sides of clips are multiples of "
+                            f"{MODEL_STRIDE} pixels, {MODEL_STRIDE // VAE_STRIDE} latents")
         if self.task != "i2v":
             return latents, text, None
         told = _wanted(content, _CONDITION, 4, "i2v_vae_feature", file)
@@ -118,7 +124,7 @@ class MMFeatureDataset(KeyedDataset):
             frames, height, width = self._tensors(read_features(file), file)[0].shape[1:]
         except DataError as error:
             return error.message
-        return (frames - 1) * 4 + 1, height * 8, width * 8
+        return (frames - 1) * 4 + 1, height * VAE_STRIDE, width * VAE_STRIDE
 
     collate = staticmethod(FeatureDataset.collate)
 
@@ -153,6 +159,8 @@ def _wanted(content: Mapping[str, Any], names: Sequence[str], dims: int, what: s
         value = value[0]
     if value.dim() != dims:
         raise DataError(f"{file}: {what} has shape {list(value.shape)}, expected {dims} dimensions")
+    if names is not _MASK and not value.is_floating_point():
+        raise DataError(f"{file}: {what} is {str(value.dtype).removeprefix('torch.')}, expected floating point")
     return value
 
 
@@ -160,7 +168,11 @@ def _text(content: Mapping[str, Any], file: Path) -> Tensor:
     states = _wanted(content, _TEXT, 2, "text states", file)
     if not any(content.get(name) is not None for name in _MASK):
         return states
-    length = int(_wanted(content, _MASK, 1, "prompt_mask", file).sum())
+    mask = _wanted(content, _MASK, 1, "prompt_mask", file).bool()
+    length = int(mask.sum())
+    if len(mask) != len(states) or not length or not bool(mask[:length].all()):
+        raise DataError(f"{file}: prompt_mask marks {length} of {len(mask)} places for {len(states)} text states; "
+                        "expected the first ones of a prompt")
     return states[:length]
 
 

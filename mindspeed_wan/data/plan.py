@@ -17,8 +17,10 @@ from mindspeed_wan.errors import DataError
 
 FrameChoice = Literal["random", "head", "center", "uniform", "chunk"]
 
+VAE_STRIDE = 8
+"""Pixels a side of a latent stands for."""
 MODEL_STRIDE = 16
-"""Sides of a sample are multiples of this: 8 of the VAE times 2 of the DiT's patch."""
+"""Sides of a sample are multiples of this: those of the VAE times 2 of the DiT's patch."""
 MOST_FRAMES = 10_000_000
 """Frames of a clip above which its annotation is wrong: 46 hours at 60 frames a second."""
 

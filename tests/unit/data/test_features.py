@@ -400,6 +400,10 @@ def test_mm_feature_folder(tmp_path, batched):
     assert batch.latents.shape == (4, 16, 3, 8, 12) and batch.condition.shape == (4, 16, 3, 8, 12)
 
 
+def _masked(mask: list[int]) -> dict[str, torch.Tensor]:
+    return {"video": torch.zeros(16, 3, 8, 12), "prompt_ids": torch.zeros(3, 32), "prompt_mask": torch.tensor(mask)}
+
+
 class _Canary:
     def __reduce__(self):
         return os.system, ("touch canary",)
@@ -434,6 +438,11 @@ def test_damaged_mm_folders_are_named(tmp_path, damage, message, monkeypatch):
         ({"video": torch.zeros(48, 3, 8, 12), "prompt_ids": torch.zeros(3, 32)}, "48 channels, the model reads 16"),
         ({"video": torch.zeros(16, 3, 8, 12), "prompt_ids": torch.zeros(3, 64)}, "64 channels, the model reads 32"),
         ({"video": torch.zeros(16, 3, 8, 12)}, "has no text states"),
+        ({"video": torch.zeros(16, 3, 8, 12), "prompt_ids": torch.ones(1, 512).long()}, "text states is int64"),
+        ({"video": torch.zeros(16, 3, 7, 12), "prompt_ids": torch.zeros(3, 32)}, "multiples of 16 pixels"),
+        ({"video": torch.zeros(16, 0, 8, 12), "prompt_ids": torch.zeros(3, 32)}, "latents of 0x8x12"),
+        ({"video": torch.zeros(16, 3, 8, 12), "prompt_ids": torch.zeros(700, 32)}, "700 text states"),
+        (_masked([0, 0, 0]), "marks 0 of 3"), (_masked([0, 1, 1]), "marks 2 of 3"), (_masked([1] * 9), "for 3 text"),
     ],
 )
 def test_bad_mm_files_are_counted_like_bad_clips(tmp_path, content, message, monkeypatch):
@@ -441,7 +450,7 @@ def test_bad_mm_files_are_counted_like_bad_clips(tmp_path, content, message, mon
     path = _mm_folder(tmp_path / "f")
     file = tmp_path / "f" / "features" / "1.pt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-    dataset = MMFeatureDataset(path, channels=16, text_width=32)
+    dataset = MMFeatureDataset(path, channels=16, text_width=32, text_length=512)
     assert len(dataset) == 3 and [record.where for record, _ in dataset.unreadable] == [f"{path}:2"]
     assert message in dataset.unreadable[0][1]
     data = OpenedData(dataset, GlobalBatchSampler(3, 0), unreadable=dataset.unreadable)
@@ -462,11 +471,13 @@ def test_mm_features_of_another_task_are_refused_at_the_start(tmp_path):
     assert record.where == f"{path}:3" and "i2v_vae_feature has shape [20, 5, 8, 12]" in reason
 
 
-def test_bad_mm_features_are_replaced(tmp_path):
-    path = _mm_folder(tmp_path / "f")
-    dataset = MMFeatureDataset(path)
-    torch.save({"video": torch.full((16, 3, 8, 12), torch.nan), "prompt_ids": torch.zeros(3, 32)},
-               tmp_path / "f" / "features" / "1.pt")
+@pytest.mark.parametrize("name", ["video", "prompt_ids", "i2v_vae_feature"])
+def test_bad_mm_features_are_replaced(tmp_path, name):
+    path = _mm_folder(tmp_path / "f", i2v=True)
+    dataset = MMFeatureDataset(path, task="i2v")
+    file = tmp_path / "f" / "features" / "1.pt"
+    content = torch.load(file)
+    torch.save({**content, name: torch.full_like(content[name], torch.nan)}, file)
     log = BadSampleLog(None, 4, 0.3)
     loader = build_loader(dataset, GlobalBatchSampler(4, 0), Schedule(global_batch_size=1), bad_samples=log)
     assert all(torch.isfinite(batch.latents).all() for batch in islice(loader, 4))
