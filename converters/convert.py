@@ -10,12 +10,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mindspeed_wan.checkpoint.lock import locked_target
 from mindspeed_wan.checkpoint.manifest import (
     MANIFEST_NAME,
     RELEASE,
@@ -86,7 +86,8 @@ def run(source_format: str, target_format: str, options: Options) -> None:
     _print_plan(weights, layout, target_format, options)
     if options.dry_run:
         return
-    with _locked(options.target):
+    with locked_target(options.target):
+        _check_paths(options)  # another conversion may have finished meanwhile
         _write(layout, options)
         if target_format == "hf":
             _complete_parent(options)
@@ -257,35 +258,6 @@ def _print_plan(weights: Mapping[str | None, Weights], layout: Layout, target: s
 
 
 # ---- writing -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock beside the target, so that two conversions never write one folder."""
-    import fcntl
-
-    path = target.with_name(f".{target.name}.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, after the lock file is removed
-    except OSError as error:
-        raise disk_error(error, path) from None
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            raise ConfigError(f"another conversion writes this target ({stream.read().strip() or 'just started'})",
-                              where=str(target), fix="wait for it to end") from None
-        try:
-            try:
-                stream.truncate(0)
-                os.write(stream.fileno(), f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
-            except OSError as error:
-                raise disk_error(error, path) from None
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _write(layout: Layout, options: Options) -> None:

@@ -13,6 +13,8 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,51 @@ class FolderLock:
     def _holder(self) -> str:
         note = _read(self.path)
         return f"pid {note['pid']} on {note['host']}, since {note['since']}" if note else "just started"
+
+
+@contextmanager
+def locked_target(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock beside a target that is about to be written, so that no two processes use one staging folder.
+
+    Raises:
+        ConfigError: another process holds it.
+        ResourceError: the folder of the target cannot be written.
+    """
+    target = Path(target)
+    path = target.with_name(f".{target.name}.lock")
+    descriptor = _locked_file(path, target)
+    try:
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        except OSError as error:
+            raise disk_error(error, path) from None
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(path: Path, target: Path) -> int:
+    """Open and lock ``path``; a file that its holder removed in between is left for the new one."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise disk_error(error, path) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor  # nothing here can lock; commands on such a disk are their user's to keep apart
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "just started"
+            os.close(descriptor)
+            raise ConfigError(f"another process writes this target ({holder})", where=str(target),
+                              fix="wait for it to end, or choose another target") from None
+        if _is_still(path, descriptor):
+            return descriptor
+        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from mindspeed_wan.checkpoint.lock import locked_target
 from mindspeed_wan.checkpoint.manifest import commit_folder, disk_error, staging_folder
 from mindspeed_wan.checkpoint.sources import check_names_and_shapes, find, open_weights
 from mindspeed_wan.checkpoint.stored import TensorFiles
@@ -66,7 +67,7 @@ def merge_files(
 
     Raises:
         CheckpointError: base weights that are not this model's.
-        ConfigError: target equals base, or another layout.
+        ConfigError: target equals base, another layout, or a target that another process is writing.
         ResourceError: the disk is full or not writable.
     """
     base, target = Path(base), Path(target)
@@ -75,7 +76,7 @@ def merge_files(
     if os.path.realpath(target) == os.path.realpath(find(base).path):
         raise ConfigError(f"target {target} is the base itself", fix="choose another folder")
     started = time.monotonic()
-    with open_weights(find(base), config) as files:
+    with locked_target(target), open_weights(find(base), config) as files:
         check_names_and_shapes(files, {p.mm: p.shape for p in parameter_table(config)}, config)
         job = _Job(files, loras, config, layout, dtype)
         staging = staging_folder(target)

@@ -542,6 +542,6 @@ def test_two_conversions_never_write_one_target(tmp_path: Path) -> None:
     hf = write_expert(tmp_path / "hf", "t2v", random_state("t2v", "fp32"))
     with open(tmp_path / ".out.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another conversion"):
+        with pytest.raises(ConfigError, match="another process writes this target"):
             run(["hf_to_dcp", str(hf), str(tmp_path / "out")])
     assert run(["hf_to_dcp", str(hf), str(tmp_path / "out"), "--quiet"]) == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mindspeed_wan.checkpoint.lock import LOCK_NAME, STALE_SECONDS, FolderLock
+from mindspeed_wan.checkpoint.lock import LOCK_NAME, STALE_SECONDS, FolderLock, locked_target
 from mindspeed_wan.errors import ConfigError
 
 
@@ -74,3 +74,27 @@ def test_without_file_locks_the_text_decides(note: Any, age: float, taken: bool,
     else:
         with pytest.raises(ConfigError, match=str(note["pid"])):
             lock.acquire()
+
+
+def test_a_target_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with locked_target(target):
+        with pytest.raises(ConfigError, match=f"another process writes this target .pid {os.getpid()} on"), \
+                locked_target(target):
+            pytest.fail("held twice")
+        # Whoever opened the file before its holder removed it must not take the dead file for the lock.
+        stale = os.open(tmp_path / "new" / ".out.lock", os.O_RDWR)
+    with locked_target(target):
+        assert not os.path.samestat(os.fstat(stale), os.stat(tmp_path / "new" / ".out.lock"))
+    os.close(stale)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_disk_without_locks_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked_target(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mindspeed_wan.checkpoint.lock import locked_target
 from mindspeed_wan.errors import CheckpointError, ConfigError
 from mindspeed_wan.lora import merge as merging
 from mindspeed_wan.lora.apply import load_adapter
@@ -152,6 +153,8 @@ def test_bad_merges(tmp_path: Path, loras) -> None:
     base = expert(tmp_path / "base", random_weights())
     with pytest.raises(ConfigError, match="is the base itself"):
         merge_files(base, loras, base, TINY)
+    with locked_target(tmp_path / "out"), pytest.raises(ConfigError, match="another process writes this target"):
+        merge_files(base, loras, tmp_path / "out", TINY)
     with pytest.raises(ConfigError, match="cannot be written here"):
         merge_files(base, loras, tmp_path / "out", TINY, layout="mm")
     with pytest.raises(CheckpointError, match="I2V"):
