@@ -368,7 +368,7 @@ def read_progress(folder: Path) -> Progress:
     except FileNotFoundError:
         raise CheckpointError("the checkpoint says nothing about how far its run had come", where=str(path),
                               fix="pass --finetune to take only its weights and start at iteration 0") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"cannot be read ({error})", where=str(path)) from None
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError("the manifest is missing: the folder is not a complete checkpoint", where=str(path),
                               fix="use another iteration, or write it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CheckpointError(f"the manifest cannot be read ({error})", where=str(path),
                               fix="the folder is damaged; use another iteration") from None
     return dict(manifest)
@@ -142,16 +143,27 @@ def verify_manifest(folder: str | os.PathLike[str], full: bool = False) -> dict[
     records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
     for name, wanted in records.items():
         path = confined(folder, name)
-        size = path.stat().st_size if path.is_file() else None
+        with _reading(path):
+            size = path.stat().st_size if path.is_file() else None
         if size != wanted.size:
             state = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointError(f"{state}; the manifest says {wanted.size} bytes", where=str(path), fix=_REFETCH)
     for name, wanted in records.items():
-        found = hash_file(folder / name, full=full)
+        with _reading(folder / name):
+            found = hash_file(folder / name, full=full)
         if found.crc32 != wanted.crc32 or (full and found.sha256 != wanted.sha256):
             raise CheckpointError("its content does not match the checksum of the manifest", where=str(folder / name),
                                   fix=_REFETCH)
     return manifest
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Take what the disk cannot give for damage, like a file with other content."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path), fix=_REFETCH) from None
 
 
 _REFETCH = "the file is damaged; use another checkpoint, copy it again, or convert it again"
@@ -161,6 +173,7 @@ def confined(folder: Path, name: str) -> Path:
     """Return ``folder/name``; ``CheckpointError`` when ``name`` leads outside ``folder`` (``..``, absolute, link)."""
     path = folder / name
     plain = bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    plain = plain and not any("\ud800" <= letter <= "\udbff" for letter in name)  # no file system can hold these
     # realpath, since a link that leads to itself is an error to resolve()
     if not plain or not _stays_inside(Path(os.path.realpath(path)), Path(os.path.realpath(folder))):
         raise CheckpointError(f"file name {name!r} leads outside the folder", where=str(folder),
@@ -252,8 +265,8 @@ def remove_stale_staging(root: str | os.PathLike[str]) -> list[Path]:
     stale = [p for p in Path(root).glob(".*.tmp") if p.is_dir() and not p.is_symlink()]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
-    # A kill between writing a tracker and renaming it leaves the temporary file of a process that is gone.
-    for path in Path(root).glob(f".{TRACKER_NAME}.*.tmp"):
+    # A kill between writing a tracker or its note and renaming it leaves the temporary file of a process that is gone.
+    for path in Path(root).glob(f".*{TRACKER_NAME}.*.tmp"):
         if path.is_file() and path.name.split(".")[-2] != str(os.getpid()):
             path.unlink(missing_ok=True)
             stale.append(path)
@@ -364,7 +377,7 @@ def committed_next(root: str | os.PathLike[str]) -> int | None:
         iteration = int(note["iteration"])
         sealed = hash_file(checkpoint_folder(root, iteration) / MANIFEST_NAME).sha256
         return iteration if sealed == note["manifest"] else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, CheckpointError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, CheckpointError):
         return None  # no note, a torn one, or the kill came before the folder was in place
 
 

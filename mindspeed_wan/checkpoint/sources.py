@@ -62,7 +62,7 @@ class Found:
             return {}
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot be read ({error})", where=str(path)) from None
         return card if isinstance(card, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -156,6 +157,46 @@ def test_damage_to_the_newest_is_reported_and_the_previous_used(damage: str, tmp
         dcp.newest(tmp_path, strict=True)
 
 
+@pytest.mark.parametrize("damage", ["deep", "long name", "surrogate", "read error"])
+def test_what_cannot_even_be_read_counts_as_damage(damage: str, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    Tiny(1).save(tmp_path, 1)
+    folder = Tiny(2).save(tmp_path, 2)
+    path = folder / "manifest.json"
+    if damage == "deep":
+        path.write_text("[" * 100_000)
+    elif damage == "read error":
+        real = dcp.manifest.hash_file
+
+        def failing(file: Path, **options: bool) -> object:
+            if file.parent == folder:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(file, **options)
+
+        monkeypatch.setattr(dcp.manifest, "hash_file", failing)
+    else:
+        content = {**json.loads(path.read_text()), "version": 1}
+        content.pop("seal")
+        name = "x" * 5000 if damage == "long name" else "\ud800"
+        content["files"][name] = {"size": 1, "crc32": "0", "sha256": ""}
+        path.write_text(json.dumps(content))
+    warnings: list[str] = []
+    found = dcp.newest(tmp_path, warn=warnings.append)
+    assert found is not None and found.iteration == 1 and "iter_0000002 is damaged" in warnings[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"iteration": Infinity}', '{"iteration": null}', "[1]", "{"])
+def test_a_progress_file_that_makes_no_sense_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / dcp.PROGRESS_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        dcp.read_progress(tmp_path)
+
+
+def test_a_progress_file_of_a_later_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / dcp.PROGRESS_FILE).write_text('{"iteration": 2, "something_new": [1]}')
+    assert dcp.read_progress(tmp_path).iteration == 2
+
+
 def test_every_checkpoint_damaged_is_an_error(tmp_path: Path) -> None:
     folder = Tiny(1).save(tmp_path, 1)
     (folder / ".metadata").write_bytes(b"")
@@ -262,6 +303,7 @@ def test_other_spellings_of_a_number_are_not_checkpoints(name: str, tmp_path: Pa
 def test_a_renamed_checkpoint_is_not_taken_for_a_newer_one(tmp_path: Path) -> None:
     folder = Tiny(1).save(tmp_path, 1)
     shutil.copytree(folder, tmp_path / "iter_0000009")
+    (tmp_path / TRACKER_NAME).write_text("9")
     warnings: list[str] = []
     found = dcp.newest(tmp_path, warn=warnings.append)
     assert found is not None and found.iteration == 1 and "holds iteration 1" in warnings[0]
