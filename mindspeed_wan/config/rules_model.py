@@ -72,6 +72,15 @@ def sizes_fit(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     return found
 
 
+def captions_fit(config: RunConfig, ranks: int | None) -> list[ConfigError]:
+    """A caption gives no more text states than the model reads; a longer one would end the run when it comes."""
+    length, most = config.model.text_encoder.max_length, config.model.wan.text_len
+    if length <= most:
+        return []
+    message = f"model_max_length {length} is more than the {most} text states that the model reads (text_len)"
+    return mistake(message, f"use {most}", key="data:model_max_length")
+
+
 def features_agree(config: RunConfig, ranks: int | None) -> list[ConfigError]:
     """The model file and the data file agree on whether clips are encoded here or were before."""
     is_cached = config.model.load_video_features or config.model.load_text_features
@@ -156,6 +165,7 @@ RULES: tuple[RuleRow, ...] = (
     (widths_fit, frozenset({"model"})),
     (frames_fit, frozenset({"data"})),
     (sizes_fit, frozenset({"data", "model"})),
+    (captions_fit, frozenset({"data", "model"})),
     (features_agree, frozenset({"data", "model"})),
     (image_side_fits, frozenset({"data", "model"})),
     (paths_exist, frozenset({"data", "model"})),

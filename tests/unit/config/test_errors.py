@@ -65,6 +65,8 @@ BROKEN_FILES: list[tuple[str, Break, str]] = [
     ("cfg", lambda w: w.frames.update(cfg=10), "at most 1"),
     ("no data_path", lambda w: _pop(w.data["dataset_param"]["basic_parameters"], "data_path"), "data_path' is missing"),
     ("data gone", lambda w: (w.root / "data.txt").unlink(), "data.txt does not exist"),
+    ("long captions", lambda w: w.data["dataset_param"]["tokenizer_config"].update(model_max_length=600),
+     "model_max_length 600 is more than the 512"),
     ("cached", lambda w: w.model.update(load_video_features=True), "cached features"),
     ("feature", lambda w: w.data["dataset_param"].update(dataset_type="feature"), "load_video_features"),
     ("fsdp key", lambda w: setattr(w, "fsdp2", w.fsdp2 + "shard_size: 8\n"), "did you mean 'sharding_size'"),
