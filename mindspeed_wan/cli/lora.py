@@ -174,7 +174,7 @@ def _extract(args: argparse.Namespace) -> int:
     done = extract(args.base, args.tuned, config, args.rank, targets=parse_targets(args.targets),
                    with_diffs=args.with_diffs)
     path = _write(args, done.lora, config)
-    print(f"{len(done.lora.adapters)} modules, rank {args.rank}, {_energy(done.energy)}: {path}")
+    print(f"{len(done.lora.adapters)} modules, rank {done.lora.ranks}, {_energy(done.energy)}: {path}")
     return 0
 
 

@@ -209,6 +209,8 @@ def _check_structure(
     if expect.reward:
         problems += _not_the_reward_lora(report.structure)
     warnings = []
+    if expect.expert and not named:
+        warnings.append(f"neither its metadata nor its name says that it is for the {expect.expert}-noise expert")
     if lora.alpha_source == "default" and lora.adapters:
         warnings.append("no alpha in the file: alpha = rank is assumed (VideoX-Fun's --use_peft_lora files need "
                         "--alpha-override 32 at rank 64)")

@@ -76,7 +76,7 @@ def test_merge(base: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFix
         run("merge", "--base", base, "--lora", f"{file}=strong", "--out", tmp_path / "out2")
 
 
-def test_extract_and_resize(base: Path, tmp_path: Path) -> None:
+def test_extract_and_resize(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = random_lora(rank=3, alpha=3.0)
     tuned = {name: tensor.float() for name, tensor in merged_by_hand(random_weights(), [(lora, 1.0)]).items()}
     out, smaller = tmp_path / "out.safetensors", tmp_path / "smaller.safetensors"
@@ -85,6 +85,9 @@ def test_extract_and_resize(base: Path, tmp_path: Path) -> None:
                           lora.adapters["blocks.0.ffn.0"].delta(), atol=1e-6)
     run("resize", out, "--model", base, "--rank", 2, "--out", smaller, "--to", "comfy")
     assert read_lora(smaller, TINY).ranks == [2]
+    capsys.readouterr()
+    run("extract", "--base", base, "--tuned", tmp_path / "tuned", "--rank", 1000, "--out", out)
+    assert "rank [48]," in capsys.readouterr().out and read_lora(out, TINY).ranks == [48]  # that of the matrices
 
 
 def test_verify(base: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

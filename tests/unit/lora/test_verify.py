@@ -225,6 +225,9 @@ def test_there_are_thirty_damaged_variants() -> None:
 def test_wrong_expert_hash_and_counts(tmp_path: Path) -> None:
     path = save(tmp_path, whole())
     assert "for the high-noise expert" in problem(verify(path, CONFIG, expect=Expectation(expert="low")))
+    (nameless := path.with_name("style.safetensors")).write_bytes(path.read_bytes())
+    report = verify(nameless, CONFIG, expect=Expectation(expert="low"))
+    assert report.passed and any("neither its metadata nor its name" in check.detail for check in report.checks)
     assert "sha256 is" in problem(verify(path, CONFIG, expect=Expectation(sha256="0" * 64)))
     assert "modules is 30, the published reward LoRAs have 326" in problem(
         verify(path, CONFIG, expect=Expectation(reward=True)))
