@@ -152,7 +152,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if not _is_about_files(error):
             raise
-        code = _fail(ResourceError(f"{error.strerror}", where=str(error.filename) if error.filename else None,
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        code = _fail(ResourceError(f"{error.strerror}", where=str(name) if name else None,
                                    fix="look at the path, its permissions and the space on its disk"))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -342,7 +342,7 @@ def _up_to(named: int, iterations: list[tuple[int, Path]], root: Path, *, strict
            warn: Any) -> list[tuple[int, Path]]:
     """Return the iterations up to the tracker's, and say so when that one is missing or is not the newest."""
     if not iterations:
-        manifest.checkpoint_folder(root, named)  # a folder that is gone is an error, not a fresh start
+        manifest.checkpoint_folder(root)  # a folder that is gone is an error, not a fresh start
     tracker, older = root / manifest.TRACKER_NAME, [entry for entry in iterations if entry[0] <= named]
     newer = ", ".join(folder.name for _, folder in reversed(iterations[:len(iterations) - len(older)]))
     if iterations and not older:

@@ -422,6 +422,10 @@ def checkpoint_folder(root: str | os.PathLike[str], iteration: int | str | None 
     """Return ``root/release`` or ``root/iter_%07d``, for ``iteration`` or for what the tracker names."""
     value = read_tracker(root) if iteration is None else iteration
     folder = Path(root) / (RELEASE if value == RELEASE else f"iter_{int(value):07d}")
+    if not folder.is_dir() and iteration is not None:
+        there = sorted(path.name for path in Path(root).glob("iter_*") if path.is_dir())
+        raise CheckpointError(f"has no {folder.name}", where=str(root),
+                              fix=f"it holds {', '.join(there[-5:])}" if there else "it holds no iterations at all")
     if not folder.is_dir():
         raise CheckpointError(f"names {value!r}, but {folder.name}/ does not exist",
                               where=str(Path(root) / TRACKER_NAME), fix=_TRACKER_FIX)

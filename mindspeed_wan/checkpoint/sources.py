@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_wan.checkpoint.fp8_files import common_prefix, split_scales
-from mindspeed_wan.checkpoint.manifest import RELEASE, TRACKER_NAME, checkpoint_folder, read_tracker
+from mindspeed_wan.checkpoint.manifest import RELEASE, TRACKER_NAME, checkpoint_folder
 from mindspeed_wan.checkpoint.safe_load import (
     METADATA_NAME,
     SafeTensorsFile,
@@ -98,7 +98,7 @@ def find(path: str | Path, *, step: int | None = None) -> Found:
     if root.is_file():
         return _find_file(root)
     if (root / TRACKER_NAME).exists() or step is not None:
-        return _find_folder(checkpoint_folder(root, step if step is not None else read_tracker(root)))
+        return _find_folder(checkpoint_folder(root, step))
     return _find_folder(root)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_wan.checkpoint.dcp import view_like
-from mindspeed_wan.checkpoint.manifest import TRACKER_NAME, checkpoint_folder, read_tracker
+from mindspeed_wan.checkpoint.manifest import TRACKER_NAME, checkpoint_folder
 from mindspeed_wan.config.schema import LoraSection, RunConfig
 from mindspeed_wan.diffusion import randomness
 from mindspeed_wan.errors import CheckpointError
@@ -156,7 +156,7 @@ def adapter_path(config: RunConfig) -> Path | None:
     if not path.exists():
         raise CheckpointError("does not exist", where=str(path), fix="set --load to an adapter, or leave it out")
     if (path / TRACKER_NAME).is_file():
-        path = checkpoint_folder(path, section.ckpt_step if section.ckpt_step is not None else read_tracker(path))
+        path = checkpoint_folder(path, section.ckpt_step)
     return path / ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else path
 
 

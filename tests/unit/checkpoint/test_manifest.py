@@ -184,9 +184,11 @@ def test_the_tracker_names_a_folder_that_exists(tmp_path: Path) -> None:
         read_tracker(tmp_path)
     write_tracker(tmp_path, 12)
     assert (tmp_path / manifest.TRACKER_NAME).read_text() == "12"
-    with pytest.raises(CheckpointError, match="iter_0000012"):
+    with pytest.raises(CheckpointError, match="names 12, but iter_0000012/ does not exist"):
         manifest.checkpoint_folder(tmp_path)
     (tmp_path / "iter_0000012").mkdir()
+    with pytest.raises(CheckpointError, match="has no iter_0000009\n  fix: it holds iter_0000012"):  # --ckpt-step 9
+        manifest.checkpoint_folder(tmp_path, 9)
     assert manifest.checkpoint_folder(tmp_path) == tmp_path / "iter_0000012"
     with pytest.raises(CheckpointError):
         write_tracker(tmp_path, "newest")
