@@ -13,7 +13,7 @@ import numpy as np
 
 from mindspeed_wan.demo.world import scenes
 from mindspeed_wan.demo.world.job import World
-from mindspeed_wan.demo.world.judging import generate, judge
+from mindspeed_wan.demo.world.judging import generate, judge, likeness
 
 _TABLE = "step_cache_table.json"
 _MOST_COPIES = 3
@@ -39,7 +39,7 @@ def measure(world: World) -> dict[str, Any]:
         folder = _folder(name)
         generate(world, folder, world.model("t2v_trained"), scenes.held_out(), *place, copies=copies)
         marks = judge(world, folder, scenes.held_out(), copies=copies)
-        quality = _against_exact(world, name, marks["videos"])
+        quality = likeness(world, _folder("exact"), folder, marks["videos"])
         found[name] = {"right": marks["right"], **quality, "denoise_seconds": _denoise_seconds(world, name)}
     exact = found["exact"]["denoise_seconds"]
     for values in found.values():
@@ -49,19 +49,6 @@ def measure(world: World) -> dict[str, Any]:
 
 def _folder(name: str) -> str:
     return f"fast_{name.replace(' ', '_')}"
-
-
-def _against_exact(world: World, name: str, count: int) -> dict[str, Any]:
-    from mindspeed_wan.evaluation.frames import read_frames
-    from mindspeed_wan.evaluation.metrics import psnr, ssim
-
-    values = []
-    for index in range(count):
-        exact, fast = (read_frames(world.videos(_folder(which)) / f"video_{index}.mp4")[0]
-                       for which in ("exact", name))
-        values.append((float(np.mean(psnr(exact, fast))), float(np.mean(ssim(exact, fast)))))
-    means = np.mean(values, axis=0)
-    return {"psnr_db": round(float(means[0]), 2) if np.isfinite(means[0]) else None, "ssim": round(float(means[1]), 4)}
 
 
 def _denoise_seconds(world: World, name: str) -> float:

@@ -62,7 +62,7 @@ def write_data_json(folder: Path, data: Path, model: Path, cache: Path) -> None:
     parameters = settings["dataset_param"]
     parameters["tokenizer_config"] = {
         "autotokenizer_name": "AutoTokenizer", "hub_backend": "hf", "from_pretrained": str(model / "tokenizer"),
-        "model_max_length": 512,
+        "model_max_length": SIZES["text_len"],
     }
     _write(folder / "clips.json", settings)
     parameters["dataset_type"] = "feature"

@@ -53,7 +53,8 @@ def generate(
         "--num_videos", str(copies or world.effort.copies), "--base_seed", str(FIRST_SEED), "--size", SIZE,
         "--frame_num", str(scenes.NUM_FRAMES), "--sample_steps", str(world.effort.steps),
         "--sample_shift", str(SHIFT), "--sample_guide_scale", f"{GUIDANCE},{GUIDANCE}", "--dtype", "fp32",
-        "--crf", "8", "--save_path", str(world.videos(name)), *more,
+        "--noise", "diffusers", "--sigma_grid", "diffusers", "--crf", "8",
+        "--save_path", str(world.videos(name)), *more,
     ], {"DEVICE": "cpu", "NPROC_PER_NODE": "1"}))
 
 
@@ -73,6 +74,19 @@ def judge(world: World, name: str, chosen: Sequence[Scene], *, copies: int | Non
     return {"videos": len(wanted), "right": round(float(table.all(axis=1).mean()), 4), **shares, "wrong": wrong}
 
 
+def likeness(world: World, reference: str, name: str, count: int) -> dict[str, Any]:
+    """Return mean PSNR and SSIM of ``videos/NAME`` against the same videos of ``videos/REFERENCE``."""
+    from mindspeed_wan.evaluation.frames import read_frames
+    from mindspeed_wan.evaluation.metrics import psnr, ssim
+
+    values = []
+    for index in range(count):
+        true, other = (read_frames(world.videos(which) / f"video_{index}.mp4")[0] for which in (reference, name))
+        values.append((float(np.mean(psnr(true, other))), float(np.mean(ssim(true, other)))))
+    means = np.mean(values, axis=0)
+    return {"psnr_db": round(float(means[0]), 2), "ssim": round(float(means[1]), 4)}
+
+
 def text_to_video(world: World, name: str, model: str) -> dict[str, Any]:
     """Generate and mark the held-out combinations."""
     generate(world, name, world.model(model), scenes.held_out())
@@ -80,12 +94,13 @@ def text_to_video(world: World, name: str, model: str) -> dict[str, Any]:
 
 
 def diffusers_text_to_video(world: World) -> dict[str, Any]:
-    """The same by diffusers' WanPipeline from the exported folder, with its own sampler settings equal to ours."""
+    """The same by diffusers' WanPipeline from the exported folder: with equal noise and steps, the same videos."""
     settings = {"model": str(world.model("t2v_trained")), "out": str(world.videos("diffusers")),
                 "steps": world.effort.steps, "copies": world.effort.copies}
     world.run(Command("generate_diffusers",
                       [*python("mindspeed_wan.demo.world.diffusers_videos"), json.dumps(settings)]))
-    return judge(world, "diffusers", scenes.held_out())
+    found = judge(world, "diffusers", scenes.held_out())
+    return {**found, **likeness(world, "t2v", "diffusers", found["videos"])}
 
 
 def image_to_video(world: World) -> dict[str, Any]:
