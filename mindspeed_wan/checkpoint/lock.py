@@ -87,7 +87,7 @@ class FolderLock:
             raise
         note = {"pid": os.getpid(), "host": os.uname().nodename, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(note).encode() + b"\n", 0)
+        os.write(descriptor, json.dumps(note).encode() + b"\n")
         self._descriptor = descriptor
         return True
 
@@ -121,7 +121,7 @@ def locked_target(target: str | os.PathLike[str]) -> Iterator[None]:
     try:
         try:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
         except OSError as error:
             raise disk_error(error, path) from None
         yield

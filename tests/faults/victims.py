@@ -186,9 +186,9 @@ def hold_target(target: str, ready: str) -> None:
     """Be a conversion that never ends."""
     import time
 
-    from mindspeed_wan_converters.convert import _locked
+    from mindspeed_wan.checkpoint.lock import locked_target
 
-    with _locked(Path(target)):
+    with locked_target(target):
         Path(ready).touch()
         time.sleep(600)
 
