@@ -75,7 +75,7 @@ def judge(world: World, name: str, chosen: Sequence[Scene], *, copies: int | Non
 
 
 def likeness(world: World, reference: str, name: str, count: int) -> dict[str, Any]:
-    """Return mean PSNR (``None`` for equal videos) and SSIM of ``videos/NAME`` against those of ``videos/REFERENCE``."""
+    """Return mean PSNR (``None`` if equal) and SSIM of ``videos/NAME`` against those of ``videos/REFERENCE``."""
     from mindspeed_wan.evaluation.frames import read_frames
     from mindspeed_wan.evaluation.metrics import psnr, ssim
 
