@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mindspeed_wan.errors import DataError
 
+_MAX_FIELD = 1 << 17
+
 
 def read_text(path: Path) -> str:
     """Return a UTF-8 file's text, without the mark that spreadsheets put before it.
@@ -31,6 +33,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, 
         DataError: no CSV, a column that is missing or there twice, no row, or a row with more or fewer values than the
             header.
     """
+    csv.field_size_limit(_MAX_FIELD)  # of the whole process: whoever read annotations before has raised it
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     rows = []
     try:

@@ -90,6 +90,7 @@ def test_every_mismatch_is_named(folders: Path) -> None:
 def test_bad_ratings_are_named_with_their_line(tmp_path: Path, row: str, message: str) -> None:
     path = tmp_path / "r.csv"
     path.write_text(",".join(("model", "clip", *CRITERIA)) + f"\n\nm,b,1,2,3,4\n{row}\n")
+    csv.field_size_limit(1 << 24)  # as after reading annotations
     with pytest.raises(DataError, match=message) as caught:
         read_ratings(path)
     assert f"{path}:{3 if message == 'not a CSV' else 4}" in str(caught.value)
