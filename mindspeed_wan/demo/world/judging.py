@@ -75,7 +75,7 @@ def judge(world: World, name: str, chosen: Sequence[Scene], *, copies: int | Non
 
 
 def likeness(world: World, reference: str, name: str, count: int) -> dict[str, Any]:
-    """Return mean PSNR (``None`` if equal) and SSIM of ``videos/NAME`` against those of ``videos/REFERENCE``."""
+    """Return mean PSNR and SSIM of ``videos/NAME`` against those of ``videos/REFERENCE``."""
     from mindspeed_wan.evaluation.frames import read_frames
     from mindspeed_wan.evaluation.metrics import psnr, ssim
 
@@ -84,7 +84,7 @@ def likeness(world: World, reference: str, name: str, count: int) -> dict[str, A
         true, other = (read_frames(world.videos(which) / f"video_{index}.mp4")[0] for which in (reference, name))
         values.append((float(np.mean(psnr(true, other))), float(np.mean(ssim(true, other)))))
     means = np.mean(values, axis=0)
-    return {"psnr_db": round(float(means[0]), 2) if np.isfinite(means[0]) else None, "ssim": round(float(means[1]), 4)}
+    return {"psnr_db": round(float(means[0]), 2), "ssim": round(float(means[1]), 4)}
 
 
 def text_to_video(world: World, name: str, model: str) -> dict[str, Any]:
