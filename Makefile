@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo         install, then the main job on a tiny Wan2.2: convert, pretrain both experts, export, generate"
-	@echo "make world        learn a small world: both experts, I2V, LoRA, marked videos (about an hour on 2 cores, resumable)"
+	@echo "make world        learn a small world: both experts, I2V, LoRA, marked videos (40 minutes on 2 idle cores, resumable)"
 	@echo "make test         the test suite (what CI runs)"
 	@echo "make test-oldest  the core tests on torch 2.7.1 + megatron-core 0.12.1 (the Ascend generation)"
 	@echo "make check        ruff, mypy, import rules, shellcheck, dependency audit"
