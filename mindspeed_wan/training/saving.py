@@ -33,10 +33,12 @@ class Saver:
         card: content of ``wan.json``.
         lock: the folder's, held by rank 0.
         adapters: writes the adapter files of a LoRA run into each folder.
+        start: the iteration that the run starts from.
     """
 
     def __init__(self, section: CheckpointSection, views: Mapping[str, Tensor], optimizer: AdamW, ema: Ema | None,
-                 card: Mapping[str, Any], lock: FolderLock, adapters: AdapterFiles | None = None) -> None:
+                 card: Mapping[str, Any], lock: FolderLock, adapters: AdapterFiles | None = None, *,
+                 start: int = 0) -> None:
         assert section.save is not None
         self.root = Path(section.save)
         self._section, self._views, self._optimizer, self._ema, self._card = section, views, optimizer, ema, card
@@ -44,6 +46,7 @@ class Saver:
         self._group = background_group() if section.async_save else None
         self._pending: BackgroundSave | None = None
         self._saved: int | None = None
+        self._start = start
 
     def save(self, progress: Progress, *, wait: bool) -> None:
         """Save the current state; does nothing when this iteration is saved already.
@@ -81,7 +84,9 @@ class Saver:
             NumericsError: nothing has been saved yet.
         """
         self._finish_pending()
-        found = first_decides(lambda: dcp.newest(self.root, warn=_announce_damage))
+        found = None
+        if self._start or self._saved is not None:  # else it is another run's (--finetune)
+            found = first_decides(lambda: dcp.newest(self.root, warn=_announce_damage))
         if found is None or found.iteration is None:
             raise NumericsError("there is no checkpoint to go back to", where=str(self.root),
                                 fix="lower --save-interval, or use --bad-step-policy skip")

@@ -212,7 +212,7 @@ def _open_save_folder(run: Run, views: dict[str, Tensor], card: dict[str, object
     told = first_decides(lambda: leave_other_branches(run.config))
     if told and run.first_rank:
         print(f" {told}", flush=True)
-    run.saver = Saver(section, views, run.optimizer, run.ema, card, lock, files)
+    run.saver = Saver(section, views, run.optimizer, run.ema, card, lock, files, start=run.progress.iteration)
     first_decides(lambda: write_provenance(save, run.config.resolved()))
     if run.first_rank:
         run.writer = MetricsWriter(save, start=run.progress.iteration,
