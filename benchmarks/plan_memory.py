@@ -22,8 +22,8 @@ from mindspeed_wan.models.wan.config import WanConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One training job: sizes of the model and the clip, the layout and what is recomputed."""
+class Sizes:
+    """Sizes of the model and the clip, and tensor parallelism."""
 
     name: str
     dim: int
@@ -32,6 +32,18 @@ class Case:
     num_layers: int
     latent: tuple[int, int, int]
     tensor: int = 1
+
+    @property
+    def config(self) -> WanConfig:
+        """The DiT, of each expert."""
+        return WanConfig(dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers,
+                         text_dim=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Sizes):
+    """One training job: the layout and what is recomputed."""
+
     sequence_parallel: bool = False
     context: int = 1
     algorithm: str = "ulysses_cp_algo"
@@ -49,12 +61,6 @@ class Case:
     def world_size(self) -> int:
         """Ranks."""
         return self.tensor * self.context * self.data
-
-    @property
-    def config(self) -> WanConfig:
-        """The DiT."""
-        return WanConfig(dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers,
-                         text_dim=128)
 
 
 @dataclass
@@ -187,16 +193,9 @@ def measure(case: Case, run: Callable[..., list[Any]]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationCase:
-    """The denoising of one video: sizes of the model and the clip, layout, memory mode, form of the weights."""
+class GenerationCase(Sizes):
+    """The denoising of one video: layout, memory mode, form of the weights."""
 
-    name: str
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    latent: tuple[int, int, int]
-    tensor: int = 1
     ulysses: int = 1
     ring: int = 1
     cfg: int = 1
@@ -211,13 +210,6 @@ class GenerationCase:
     def world_size(self) -> int:
         """Ranks."""
         return self.tensor * self.ulysses * self.ring * self.cfg * self.pipeline
-
-    @property
-    def config(self) -> WanConfig:
-        """The DiT of each expert."""
-        return WanConfig(dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers,
-                         text_dim=128)
-
 
 class _OneExpert:
     """A model that plays both experts: what is on the device when they take turns."""
